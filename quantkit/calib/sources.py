@@ -17,7 +17,7 @@ import importlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantkit.errors import FileError, RequestError, did_you_mean
 
@@ -86,8 +86,8 @@ def local_documents(source: str) -> Iterator[str]:
             raise FileError(f"{file.name}: the file is empty; it must hold at least one document")
 
 
-def builtin_documents(split: str) -> list[str]:
-    """Documents of the text that CPython carries; `split` is ``train`` or ``heldout``."""
+def builtin_documents(split: Literal["train", "heldout"]) -> list[str]:
+    """Documents of the text that CPython carries."""
     # Imported here: a run on the user's own text needs no standard library sources.
     from quantkit.demo import corpus
 
