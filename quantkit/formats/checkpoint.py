@@ -41,6 +41,7 @@ __all__ = [
     "Checkpoint",
     "PackedModule",
     "TensorRef",
+    "check_tensors",
     "check_values",
     "find_tensors",
     "has_tripwire",
@@ -113,7 +114,7 @@ def open_folder(folder: Path) -> Checkpoint:
         raise FileError(f"{folder}: not a quantkit folder (config.json has no quantization_config of quantkit)")
     modules = parse_modules(quantization)
     tensors = find_tensors(folder)
-    _check_tensors(folder, modules, tensors)
+    check_tensors(modules, tensors)
     return Checkpoint(folder=folder, config=config, quantization_config=quantization, modules=modules, tensors=tensors)
 
 
@@ -161,8 +162,12 @@ def _parse_module(name: str, entry: Any) -> PackedModule:
         raise FileError(f"{where}: a field of its spec has the wrong type ({error})") from error
 
 
-def _check_tensors(folder: Path, modules: dict[str, PackedModule], tensors: dict[str, TensorRef]) -> None:
-    """Each packed module owns exactly its layout, the tripwire where it has one, and possibly a bias."""
+def check_tensors(modules: dict[str, PackedModule], tensors: dict[str, TensorRef]) -> None:
+    """Check that each packed module owns exactly its layout, the tripwire where it has one, and possibly a bias.
+
+    Raises:
+        FileError: a tensor of a module that is missing, superfluous, or of the wrong dtype or shape; by name.
+    """
     present: dict[str, dict[str, TensorRef]] = {}
     for name, ref in tensors.items():
         prefix, _, key = name.rpartition(".")
@@ -174,13 +179,13 @@ def _check_tensors(folder: Path, modules: dict[str, PackedModule], tensors: dict
         found = present.get(module.prefix, {})
         for key, (dtype, shape) in layout.items():
             if key not in found:
-                raise FileError(f"{folder}: tensor {module.prefix}.{key} is missing; the folder is not complete")
+                raise FileError(f"tensor {module.prefix}.{key} is missing; the folder is not complete, copy it again")
             _check_tensor(found[key], dtype, shape)
-        extra = sorted(set(found) - set(layout) - {"bias"})
-        if extra:
-            raise FileError(f"{folder}: tensor {module.prefix}.{extra[0]} does not belong to its packed module")
-        if "bias" in found and found["bias"].shape != (module.spec.out_features,):
-            raise FileError(f"{found['bias'].path}: tensor {module.prefix}.bias has shape {found['bias'].shape}")
+        for key in sorted(set(found) - set(layout) - {"bias"}):
+            path = found[key].path
+            raise FileError(f"{path}: tensor {module.prefix}.{key} does not belong to its packed module")
+        if "bias" in found:
+            _check_tensor(found["bias"], found["bias"].torch_dtype, (module.spec.out_features,))
 
 
 def _check_tensor(ref: TensorRef, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -26,27 +26,28 @@ from torch import Tensor
 from quantkit.errors import FileError
 from quantkit.formats.files import read_json, replace_file, write_json
 
-DTYPES: dict[str, torch.dtype] = {
+DTYPES: dict[str, torch.dtype] = {  # in the order of the safetensors package, whose files this module reproduces
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "U16": torch.uint16,
     "I16": torch.int16,
+    "U16": torch.uint16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "U32": torch.uint32,
     "I32": torch.int32,
+    "U32": torch.uint32,
     "F32": torch.float32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
     "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
 }
+_RANKS = {name: rank for rank, name in enumerate(DTYPES)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 _COPY_BYTES = 1 << 24  # scratch of a file-to-file copy
@@ -195,7 +196,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _file_order(ref: TensorRef) -> tuple[int, str]:
     """Wide dtypes first, so that every tensor is aligned to its own size: readers view mapped bytes as numbers."""
-    return -ref.torch_dtype.itemsize, ref.name
+    return -_RANKS[ref.dtype], ref.name
 
 
 def _header_bytes(refs: Iterable[TensorRef]) -> bytes:
