@@ -1,0 +1,178 @@
+"""GPTQ: second-order rounding, one input column at a time.
+
+Paper      Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323. Update: eq. (2), (3). Loop: Algorithm 1.
+Minimizes  tr((W - Q) H (W - Q)^T) over Q on the grid, H = (2 / n_tokens) X^T X, X [n_tokens, in_features].
+Needs      the Hessian of the linear's inputs. The loss is a sum over rows and a mean over calibration tokens.
+Cost       O(in^3) once, then O(out * in^2). Peak: two float64 [in, in] matrices beside the weight.
+Deviates   The grid of a group is fitted on the weights as compensated by *all* earlier columns, also by those of the
+           same lazy block (the authors' code misses these), so the block size never changes the codes.
+           act_order="full" fits every grid beforehand on the original weights and keeps groups contiguous in memory;
+           act_order="group" visits whole groups by descending mean(diag H), and the columns inside a group by
+           descending diag H, so that grids can still be fitted on compensated weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit.algorithms.grids import Grid, GridFit
+from quantkit.algorithms.hessian import damped_inverse_factor, without_dead_columns
+from quantkit.errors import NumericalError
+from quantkit.formats.grouped_int import GroupedInt
+
+ActOrder = Literal["none", "group", "full"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPTQConfig:
+    damping: float = 0.01  # lambda, as a fraction of mean(diag(H))
+    act_order: ActOrder = "none"  # order of the columns by diag(H)
+    block_size: int = 128  # lazy-update width; changes speed, not codes
+
+
+class Solution(NamedTuple):
+    """What a solver returns: the codes, and tr((W - Q) H (W - Q)^T) with the damped Hessian."""
+
+    weight: GroupedInt
+    loss: float
+    damping: float
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    bits: tuple[int, ...],
+    symmetric: bool,
+    grid_fit: GridFit,
+    config: GPTQConfig,
+) -> Solution:
+    """Quantize one linear.
+
+    Args:
+        weight: float32 or float64 ``[out_features, in_features]``.
+        hessian: same dtype, ``[in_features, in_features]``, any positive multiple of X^T X.
+        bits: width of each group of ``in_features // len(bits)`` neighbouring columns.
+        symmetric: zero fixed at the middle of the grid.
+        grid_fit: one of `quantkit.algorithms.grids.GRIDS`.
+
+    Raises:
+        NumericalError: NaN or Inf in the weight or the Hessian. NotPositiveDefiniteError: no damping helped.
+    """
+    if not torch.isfinite(weight).all():
+        raise NumericalError("the weight holds NaN or Inf; the checkpoint is damaged")
+    W, H = without_dead_columns(weight, hessian)
+    group_size = W.shape[1] // len(bits)
+    perm = _column_order(H.diagonal(), group_size, config.act_order)
+    U, damping = damped_inverse_factor(H[perm][:, perm], config.damping)
+    if config.act_order == "full":
+        columns = _solve_columns(W, U, perm, bits, _static_grids(W, H, bits, symmetric, grid_fit, damping), config)
+    else:
+        columns = _solve_groups(W, U, perm, bits, symmetric, grid_fit, config)
+    codes, grids, loss = columns
+    quantized = GroupedInt(
+        codes=codes.to(torch.uint8),
+        scales=torch.stack([grid.scales for grid in grids], 1).float(),
+        zeros=torch.stack([grid.zeros for grid in grids], 1).float(),
+        bits=bits,
+        symmetric=symmetric,
+    )
+    return Solution(quantized, loss, damping)
+
+
+def _column_order(diagonal: Tensor, group_size: int, act_order: ActOrder) -> Tensor:
+    """perm [in]: position in the visiting order -> original column."""
+    if act_order == "none":
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    if act_order == "full":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    grouped = diagonal.reshape(-1, group_size)
+    groups = torch.argsort(grouped.mean(1), descending=True, stable=True)
+    inside = torch.argsort(grouped, dim=1, descending=True, stable=True)
+    return (groups.unsqueeze(1) * group_size + inside[groups]).flatten()
+
+
+def _static_grids(
+    W: Tensor, H: Tensor, bits: tuple[int, ...], symmetric: bool, grid_fit: GridFit, damping: float
+) -> list[Grid]:
+    """One grid per group from the original weights; the metric is H_gg, as nothing is compensated yet."""
+    group_size = W.shape[1] // len(bits)
+    grids = []
+    for group, width in enumerate(bits):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        H_gg = H[columns, columns] + torch.diag((damping * H.diagonal().mean()).expand(group_size))
+        grids.append(grid_fit(W[:, columns], width, symmetric, torch.linalg.cholesky(H_gg)))
+    return grids
+
+
+def _solve_groups(
+    W: Tensor, U: Tensor, perm: Tensor, bits: tuple[int, ...], symmetric: bool, grid_fit: GridFit, config: GPTQConfig
+) -> tuple[Tensor, list[Grid], float]:
+    """Whole groups in the order of ``perm``; each grid is fitted when its group is reached."""
+    group_size = W.shape[1] // len(bits)
+    remaining = W[:, perm].clone()  # columns in visiting order, compensated as we go
+    codes = torch.empty_like(W)
+    grids: dict[int, Grid] = {}
+    loss = 0.0
+    for start in range(0, W.shape[1], group_size):
+        stop = start + group_size
+        group = int(perm[start]) // group_size
+        identity = torch.eye(group_size, dtype=W.dtype, device=W.device)
+        metric = torch.linalg.solve_triangular(U[start:stop, start:stop], identity, upper=True)
+        grid = grid_fit(remaining[:, start:stop], bits[group], symmetric, metric)
+        grids[group] = grid
+        for first in range(start, stop, config.block_size):
+            last = min(first + config.block_size, stop)
+            span = slice(first, last)
+            block = remaining[:, span].clone()
+            widths = [(grid, bits[group])] * (last - first)
+            codes[:, perm[span]], E = _quantize_block(block, U[span, span], widths)
+            remaining[:, last:] -= E @ U[span, last:]
+            loss += E.square().sum().item()
+    return codes, [grids[group] for group in range(len(bits))], loss
+
+
+def _solve_columns(
+    W: Tensor, U: Tensor, perm: Tensor, bits: tuple[int, ...], grids: list[Grid], config: GPTQConfig
+) -> tuple[Tensor, list[Grid], float]:
+    """Single columns in the order of ``perm`` with grids that are known beforehand."""
+    group_size = W.shape[1] // len(bits)
+    remaining = W[:, perm].clone()
+    codes = torch.empty_like(W)
+    loss = 0.0
+    for first in range(0, W.shape[1], config.block_size):
+        last = min(first + config.block_size, W.shape[1])
+        span = slice(first, last)
+        groups = (perm[span] // group_size).tolist()
+        widths = [(grids[group], bits[group]) for group in groups]
+        codes[:, perm[span]], E = _quantize_block(remaining[:, span].clone(), U[span, span], widths)
+        remaining[:, last:] -= E @ U[span, last:]
+        loss += E.square().sum().item()
+    return codes, grids, loss
+
+
+def _quantize_block(block: Tensor, U: Tensor, widths: list[tuple[Grid, int]]) -> tuple[Tensor, Tensor]:
+    """Column by column with compensation inside the block.
+
+    Args:
+        block: [out, n], overwritten. U: [n, n]. widths: grid and bits of each column.
+
+    Returns:
+        codes [out, n] as floats, E [out, n] with E[:, c] = (w_c - q_c) / U[c, c].
+    """
+    # Work on the transpose: a column becomes a contiguous row, four times faster on a CPU.
+    columns = block.t().contiguous()
+    codes = torch.empty_like(columns)
+    errors = torch.empty_like(columns)
+    diagonal = U.diagonal().tolist()
+    for c, ((scales, zeros), bits) in enumerate(widths):
+        w = columns[c]
+        code = (w / scales + zeros).round_().clamp_(0, 2**bits - 1)
+        codes[c] = code
+        e = (w - scales * (code - zeros)) / diagonal[c]
+        errors[c] = e
+        columns[c + 1 :].addr_(U[c, c + 1 :], e, alpha=-1)  # eq. (3)
+    return codes.t(), errors.t()

@@ -1,0 +1,205 @@
+"""Grids: which scale and zero a row of a column group gets. Four ways to choose, one signature.
+
+    fit(weight [rows, g], bits, symmetric, metric [g, g]) -> Grid(scales [rows], zeros [rows])
+
+    minmax    the range of the weights, 0 included                                  (GPTQ, arXiv:2210.17323, code)
+    mse       the range shrunk to minimize sum |q - w|^2.4                          (GPTQ's --mse)
+    sqc       the range varied by +-10 % to minimize the same, salient elements weighted (SliM-LLM, arXiv:2405.14917)
+    hessian   range and zero varied to minimize ||(q - w) metric||^2                (ours; see below)
+
+``metric`` L turns an error row e into the loss it causes, ||e L||^2. A solver that compensates passes the inverse of
+its factor's diagonal block, L = U_gg^-1: then ||e L||^2 is the loss that remains *after* all later columns have
+been re-optimized (the Schur complement of the Hessian), not just e H_gg e^T. Plain rounding passes a Cholesky factor
+of H_gg. Every searched grid starts from the min-max candidate, so it never loses to it on its own objective.
+
+Scales leave this file already rounded to float16, as they are stored: codes are chosen for the stored scale.
+One bit has two levels: mu -+ alpha with mu = mean(w), alpha = mean|w - mu|, the least-squares binary fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import NumericalError
+from quantkit.formats.grouped_int import symmetric_zero
+
+_SMALLEST_SCALE = 2.0**-24  # smallest positive float16
+_SCRATCH_BYTES = 1 << 27  # bound of the [candidates, rows, g] tensors of a search
+_HESSIAN_FACTORS = tuple(1.1 - 0.02 * step for step in range(45))  # 1.1 down to 0.22 of the range
+_MSE_FACTORS = tuple(1 - step / 100 for step in range(80))
+_SQC_FACTORS = tuple(1 + 0.002 * step for step in range(51)) + tuple(1 - 0.002 * step for step in range(1, 51))
+_NORM = 2.4
+
+
+class Grid(NamedTuple):
+    """Levels ``scales * (code - zeros)``; scales are float16 values, zeros integers (float16 values at one bit)."""
+
+    scales: Tensor  # [rows]
+    zeros: Tensor  # [rows]
+
+
+GridFit = Callable[[Tensor, int, bool, Tensor], Grid]
+
+
+def quantize(weight: Tensor, grid: Grid, bits: int) -> Tensor:
+    """Nearest codes, as floats. ``weight`` [..., rows, g] or [..., rows, 1]; half rounds to even."""
+    scales, zeros = grid.scales.unsqueeze(-1), grid.zeros.unsqueeze(-1)
+    return (weight / scales + zeros).round_().clamp_(0, 2**bits - 1)
+
+
+def dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    """``scales * (codes - zeros)``."""
+    return grid.scales.unsqueeze(-1) * (codes - grid.zeros.unsqueeze(-1))
+
+
+def storable_scales(scales: Tensor) -> Tensor:
+    """Round to float16 and back, never to zero. Raises `NumericalError` above the float16 range."""
+    rounded = scales.to(torch.float16).to(scales.dtype)
+    if not torch.isfinite(rounded).all():
+        raise NumericalError(f"a scale of {scales.abs().max():g} does not fit float16; the weights are out of range")
+    return rounded.clamp_min(_SMALLEST_SCALE)
+
+
+def _range(weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    lo = weight.amin(-1).clamp_max(0)
+    hi = weight.amax(-1).clamp_min(0)
+    if symmetric:
+        hi = torch.maximum(-lo, hi)
+        lo = -hi
+    empty = hi == lo  # a row of zeros: any positive scale represents it exactly
+    return lo.masked_fill(empty, -1.0), hi.masked_fill(empty, 1.0)
+
+
+def _grid_of_range(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> Grid:
+    scales = storable_scales((hi - lo) / (2**bits - 1))
+    zeros = torch.full_like(scales, symmetric_zero(bits)) if symmetric else (-lo / scales).round_()
+    return Grid(scales, zeros.clamp_(0, 2**bits - 1))
+
+
+def binary(weight: Tensor, symmetric: bool) -> Grid:
+    """The least-squares two-level grid of each row, at mean -+ mean absolute deviation."""
+    center = torch.zeros_like(weight[..., 0]) if symmetric else weight.mean(-1)
+    half_step = (weight - center.unsqueeze(-1)).abs().mean(-1)
+    if symmetric:
+        scales = storable_scales(2 * half_step)
+        return Grid(scales, torch.full_like(scales, symmetric_zero(1)))
+    # A constant row has no spread: keep the step large enough that the zero (0.5 - center / step) fits float16.
+    scales = storable_scales(torch.maximum(2 * half_step, center.abs() / 1024))
+    zeros = 0.5 - center / scales
+    return Grid(scales, zeros.to(torch.float16).to(weight.dtype))
+
+
+def minmax(weight: Tensor, bits: int, symmetric: bool, metric: Tensor | None = None) -> Grid:
+    """The range of each row, extended to contain 0."""
+    if bits == 1:
+        return binary(weight, symmetric)
+    return _grid_of_range(*_range(weight, symmetric), bits, symmetric)
+
+
+def mse(weight: Tensor, bits: int, symmetric: bool, metric: Tensor | None = None) -> Grid:
+    """The shrunk range with the least sum of |q - w|^2.4."""
+    if bits == 1:
+        return binary(weight, symmetric)
+    return _search(weight, bits, symmetric, _MSE_FACTORS, (0,), _norm_loss)
+
+
+def hessian(weight: Tensor, bits: int, symmetric: bool, metric: Tensor) -> Grid:
+    """The scale and zero with the least ||(q - w) metric||^2: 45 scales, and at most one step of the zero."""
+    if bits == 1:
+        return _search_binary(weight, symmetric, metric)
+    offsets = (0,) if symmetric else (0, -1, 1)
+    return _search(weight, bits, symmetric, _HESSIAN_FACTORS, offsets, lambda e: (e @ metric).square_().sum(-1))
+
+
+def sqc(weight: Tensor, bits: int, symmetric: bool, metric: Tensor, salient_weight: float = 1.0) -> Grid:
+    """SliM-LLM's salience-weighted search over 0.9 .. 1.1 of the range.
+
+    An element is salient when its z-score of ``delta = w^2 * metric_column_weight`` over the whole block lies above
+    2 (or below -2); salient errors count ``salient_weight`` times. Paper and released code differ: the code's
+    default weighs both parts alike.
+    """
+    if bits == 1:
+        return binary(weight, symmetric)
+    delta = weight.square() * metric.diagonal().square()
+    score = (delta - delta.mean()) / delta.std(correction=0).clamp_min(torch.finfo(delta.dtype).tiny)
+    outliers = delta[score.abs() > 2]
+    mask = delta >= outliers.min() if outliers.numel() else torch.zeros_like(delta, dtype=torch.bool)
+    element_weight = torch.where(mask, salient_weight, 1.0).to(weight.dtype)
+    return _search(weight, bits, symmetric, _SQC_FACTORS, (0,), lambda e: (e.abs_().pow_(_NORM) * element_weight).sum(-1))
+
+
+def _norm_loss(error: Tensor) -> Tensor:
+    return error.abs_().pow_(_NORM).sum(-1)
+
+
+def _search(
+    weight: Tensor,
+    bits: int,
+    symmetric: bool,
+    factors: tuple[float, ...],
+    offsets: tuple[int, ...],
+    loss: Callable[[Tensor], Tensor],
+) -> Grid:
+    """The candidate with the least loss per row; the first wins a tie, and min-max is the first."""
+    lo, hi = _range(weight, symmetric)
+    best = _grid_of_range(lo, hi, bits, symmetric)
+    best_loss = loss(dequantize(quantize(weight, best, bits), best) - weight)
+    step = max(1, _SCRATCH_BYTES // (8 * weight.numel()))
+    for start in range(0, len(factors), step):
+        factor = torch.tensor(factors[start : start + step], dtype=weight.dtype, device=weight.device).unsqueeze(-1)
+        base = _grid_of_range(factor * lo, factor * hi, bits, symmetric)
+        for offset in offsets:
+            zeros = base.zeros if symmetric else (base.zeros + offset).clamp_(0, 2**bits - 1)
+            grid = Grid(base.scales, zeros)
+            losses = loss(dequantize(quantize(weight, grid, bits), grid).sub_(weight))
+            best, best_loss = _keep_better(best, best_loss, grid, losses)
+    return best
+
+
+def _keep_better(best: Grid, best_loss: Tensor, candidates: Grid, losses: Tensor) -> tuple[Grid, Tensor]:
+    """Per row, the incumbent or the first best of ``candidates`` [n, rows], if strictly better."""
+    least, index = losses.min(0)
+    better = least < best_loss
+    pick = index.unsqueeze(0)
+    scales = torch.where(better, candidates.scales.gather(0, pick)[0], best.scales)
+    zeros = torch.where(better, candidates.zeros.gather(0, pick)[0], best.zeros)
+    return Grid(scales, zeros), torch.where(better, least, best_loss)
+
+
+def _search_binary(weight: Tensor, symmetric: bool, metric: Tensor) -> Grid:
+    """Two levels re-fitted by weighted least squares in turn with the signs; the best of a few rounds."""
+    best = binary(weight, symmetric)
+    best_loss = ((dequantize(quantize(weight, best, 1), best) - weight) @ metric).square().sum(-1)
+    grid = best
+    ones = (torch.ones_like(weight[:1]) @ metric).squeeze(0)
+    target = weight @ metric
+    for _ in range(4):
+        signs = (2 * quantize(weight, grid, 1) - 1) @ metric
+        if symmetric:
+            half_step = (signs * target).sum(-1) / signs.square().sum(-1).clamp_min(1e-30)
+            center = torch.zeros_like(half_step)
+        else:
+            half_step, center = _fit_line(signs, ones, target)
+        usable = half_step > 0
+        scales = storable_scales(torch.where(usable, 2 * half_step, best.scales).clamp_max(6e4))
+        scales = torch.maximum(scales, storable_scales(center.abs() / 1024))
+        zeros = (0.5 - center / scales).to(torch.float16).to(weight.dtype)
+        grid = Grid(scales, torch.where(usable, zeros, best.zeros))
+        losses = ((dequantize(quantize(weight, grid, 1), grid) - weight) @ metric).square().sum(-1)
+        best, best_loss = _keep_better(best, best_loss, Grid(grid.scales[None], grid.zeros[None]), losses[None])
+    return best
+
+
+def _fit_line(slope: Tensor, intercept: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row the least-squares (a, b) of ``target ~ a * slope + b * intercept``."""
+    ss, si, ii = slope.square().sum(-1), slope @ intercept, intercept @ intercept
+    st, it = (slope * target).sum(-1), target @ intercept
+    determinant = (ss * ii - si * si).clamp_min(1e-30)
+    return (st * ii - it * si) / determinant, (it * ss - st * si) / determinant
+
+
+GRIDS: dict[str, GridFit] = {"minmax": minmax, "mse": mse, "sqc": sqc, "hessian": hessian}

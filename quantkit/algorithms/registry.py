@@ -1,0 +1,62 @@
+"""The tables of everything that can be chosen: methods, allocators, grids, solvers. Nothing registers itself.
+
+A *method* is a name for a combination; `quantkit.recipe` turns it into settings. Adding one is a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A published (or our own) recipe."""
+
+    title: str
+    paper: str
+    summary: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # recipe fields that differ from the general defaults
+    formats: tuple[str, ...] = ("grouped_int",)
+    bits: tuple[int, int] = (1, 8)
+
+
+METHODS: dict[str, Method] = {
+    "rtn": Method(
+        title="Round to nearest",
+        paper="-",
+        summary="No data, no compensation. The baseline; fine at 8 bits and often at 4.",
+        defaults={"solver": "rtn", "grid": "minmax"},
+    ),
+    "gptq": Method(
+        title="GPTQ",
+        paper="arXiv:2210.17323",
+        summary="Second-order rounding with error compensation; scales searched by the Hessian below 4 bits.",
+    ),
+    "slim": Method(
+        title="SliM-LLM",
+        paper="arXiv:2405.14917",
+        summary="GPTQ with mixed widths per column group by salience, and salience-weighted scales.",
+        defaults={"allocator": "sba", "grid": "sqc"},
+        bits=(2, 7),
+    ),
+}
+
+ALLOCATORS: dict[str, str] = {
+    "uniform": "the same width everywhere",
+    "sba": "salience-determined widths per column group, N - 1, N and N + 1 in balance (SliM-LLM)",
+}
+
+GRID_CHOICES: dict[str, str] = {
+    "auto": "hessian below 4 bits, minmax from 4 bits on",
+    "minmax": "the range of the weights",
+    "mse": "the range shrunk to the least |error|^2.4 (GPTQ's code)",
+    "sqc": "0.9 to 1.1 of the range, salient elements weighted (SliM-LLM)",
+    "hessian": "scale and zero searched for the least output error after compensation (ours)",
+}
+
+SOLVERS: dict[str, str] = {
+    "rtn": "rounding",
+    "gptq": "column by column with compensation through the inverse Hessian",
+}

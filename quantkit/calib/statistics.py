@@ -1,0 +1,100 @@
+"""Statistics of the inputs of a block's linears, gathered while calibration data runs through it.
+
+Linears that receive the same tensor (q/k/v, gate/up) share one accumulator: it is gathered once, and a solver that
+factors it factors it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(slots=True)
+class InputStatistics:
+    """What is known about one input: its Hessian, and optionally a sample of its rows."""
+
+    in_features: int
+    n_tokens: int = 0
+    gram: Tensor | None = None  # float32 [in, in], sum of x x^T
+    sample: list[Tensor] = field(default_factory=list)  # float32 [<= sample_rows, in] in pieces
+
+    def hessian(self) -> Tensor | None:
+        """(2 / n_tokens) X^T X, float32 ``[in, in]``; None when no token arrived."""
+        return None if self.gram is None else self.gram * (2 / self.n_tokens)
+
+    def rows(self) -> Tensor:
+        """The sampled rows, float32 ``[n, in]``."""
+        return torch.cat(self.sample) if self.sample else torch.empty(0, self.in_features)
+
+
+class StatisticsRecorder:
+    """Hooks on the linears of one block.
+
+    Args:
+        linears: name to module.
+        rows_per_call: rows of each input kept as a sample, evenly spaced over the call's tokens; 0 keeps none.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module], rows_per_call: int = 0) -> None:
+        self._linears = linears
+        self._rows_per_call = rows_per_call
+        self._leader: dict[str, str] = {}  # linear -> the linear whose statistics it shares
+        self._seen: list[tuple[Tensor, str]] = []  # inputs of the running call; kept alive so that identity is sound
+        self._statistics: dict[str, InputStatistics] = {}
+
+    def leader(self, name: str) -> str:
+        """The linear under whose name the statistics of ``name`` were gathered."""
+        return self._leader.get(name, name)
+
+    def first_calls(self) -> list[str]:
+        """The linears in the order in which they were first called."""
+        return list(self._leader)
+
+    def statistics(self, name: str) -> InputStatistics:
+        in_features: int = self._linears[name].in_features  # type: ignore[assignment]
+        return self._statistics.get(self.leader(name), InputStatistics(in_features))
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record everything that runs through the block inside this context."""
+        handles = [self._hook(name, linear) for name, linear in self._linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._seen.clear()
+
+    def next_call(self) -> None:
+        """Between two calls of the block: forget which inputs were seen."""
+        self._seen.clear()
+
+    def _hook(self, name: str, linear: nn.Module) -> RemovableHandle:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._record(name, args[0])
+
+        return linear.register_forward_pre_hook(record)
+
+    def _record(self, name: str, inputs: Tensor) -> None:
+        if inputs.numel() == 0:
+            return
+        shared = next((other for tensor, other in self._seen if tensor is inputs), None)
+        if name not in self._leader:
+            self._leader[name] = shared or name
+        if self._leader[name] != name:
+            return
+        self._seen.append((inputs, name))
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        entry = self._statistics.setdefault(name, InputStatistics(rows.shape[1]))
+        gram = rows.t() @ rows
+        entry.gram = gram if entry.gram is None else entry.gram.add_(gram)
+        entry.n_tokens += rows.shape[0]
+        if self._rows_per_call:
+            step = max(1, rows.shape[0] // self._rows_per_call)
+            entry.sample.append(rows[::step][: self._rows_per_call].cpu())

@@ -1,0 +1,147 @@
+"""The work folder of a run: one safetensors file per finished block, and a journal with one line for each.
+
+    .OUT.quantkit/
+        run.json               what was asked for; a run with other settings refuses to go on
+        journal.jsonl          one line per finished block: file, its SHA-256, seconds, errors of its linears
+        block-00003.safetensors
+
+A block's file is complete (temporary file, fsync, rename) before its line is appended, so ``kill -9`` at any moment
+loses at most the block in hand. A last line that was cut off is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.errors import FileError, RequestError
+from quantkit.formats.files import read_json, write_json
+from quantkit.formats.safetensors_io import write_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedBlock:
+    """One line of the journal."""
+
+    index: int
+    file: str
+    sha256: str
+    seconds: float
+    modules: dict[str, dict[str, Any]]  # runtime name -> {"spec": ..., "relative_error": ..., "loss": ...}
+
+
+class Journal:
+    """Open or create the work folder beside ``output``.
+
+    Args:
+        output: the final folder.
+        settings: JSON of everything that determines the bytes; compared with that of an unfinished run.
+        overwrite: forget an unfinished run and a finished output.
+
+    Raises:
+        RequestError: the output exists, or an unfinished run had other settings.
+        FileError: the folder cannot be written.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
+        self.output = output
+        self.folder = work_folder(output)
+        self.finished: list[FinishedBlock] = []
+        if overwrite:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        refuse_existing(output, overwrite)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"cannot create {self.folder}: {error.strerror}") from error
+        described = self.folder / "run.json"
+        if described.exists():
+            _refuse_difference(read_json(described), settings, output)
+            self.finished = self._read()
+        else:
+            write_json(described, settings)
+
+    def block_path(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def finish_block(
+        self, index: int, tensors: dict[str, Tensor], seconds: float, modules: dict[str, dict[str, Any]]
+    ) -> None:
+        """Write the block's tensors, then its line."""
+        path = self.block_path(index)
+        write_tensors(path, tensors)
+        block = FinishedBlock(index, path.name, _sha256(path), round(seconds, 3), modules)
+        fields = {name: getattr(block, name) for name in FinishedBlock.__slots__}
+        try:
+            with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(fields) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise FileError(f"cannot write {self.folder}: {error.strerror}; free space and run the same command again") from error
+        self.finished.append(block)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self) -> list[FinishedBlock]:
+        """The finished blocks, up to the first line or file that is not whole."""
+        path = self.folder / "journal.jsonl"
+        finished: list[FinishedBlock] = []
+        good_bytes = 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            try:
+                block = FinishedBlock(**json.loads(line))
+            except (ValueError, TypeError):
+                break
+            file = self.folder / block.file
+            whole = line.endswith(b"\n") and block.index == len(finished) and file.exists()
+            if not whole or _sha256(file) != block.sha256:
+                break
+            finished.append(block)
+            good_bytes += len(line)
+        if path.exists():
+            os.truncate(path, good_bytes)
+        return finished
+
+
+def work_folder(output: Path) -> Path:
+    """The hidden sibling in which an unfinished run lives."""
+    return output.parent / f".{output.name}.quantkit"
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Raises `RequestError` when the output is there and may not be replaced."""
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"output {output} is a file; give a folder with -o")
+    if output.exists() and not overwrite and any(output.iterdir()):
+        raise RequestError(f"output {output} exists; choose another folder with -o, or pass --overwrite")
+
+
+def _refuse_difference(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    changed = _differences(before, json.loads(json.dumps(now)), "")
+    if changed:
+        raise RequestError(
+            f"{output}: an unfinished run had other settings ({'; '.join(changed[:4])}); "
+            "repeat its settings to resume, or pass --overwrite to start anew"
+        )
+
+
+def _differences(before: Any, now: Any, where: str) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(before.keys() | now.keys())
+        dotted = f"{where}." if where else ""
+        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{dotted}{key}")]
+    return [] if before == now else [f"{where}: {before!r} then, {now!r} now"]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
