@@ -7,9 +7,9 @@ so a row of the product splits into a part that needs the codes and a part that 
     y[m, o] = sum_g scales[o, g] * (sum_{i in g} codes[o, i] x[m, i])  -  sum_g scales[o, g] zeros[o, g] X[m, g]
     X[m, g] = sum_{i in g} x[m, i]
 
-The torch twin in this file runs on the CPU. It walks over row tiles of bounded size and unpacks *planes*: a dense
-bit stream of b-bit codes repeats every ``lcm(b, 8)`` bits, so code f of every period sits at the same bit of the same
-byte, and one shift-and-mask over whole rows yields all of them (4 bits, two codes per byte):
+The torch twin in this file runs on the CPU. It walks over row tiles of bounded size and unpacks *planes*: the bit
+stream repeats every byte (1, 2, 4, 8 bits) or every few 32-bit words (3, 5, 6, 7), so code f of every such block sits
+at the same place, and one shift-and-mask over whole rows yields all of them (4 bits, two codes per byte):
 
     byte      0        1        2                plane 0 = byte & 15     columns 0, 2, 4, ...
            |c1 |c0  |c3 |c2  |c5 |c4   ...       plane 1 = byte >> 4     columns 1, 3, 5, ...
@@ -19,6 +19,7 @@ The codes stay in plane order; x is brought into the same order once, which cost
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 
 import torch
@@ -30,6 +31,7 @@ from quantkit.formats.grouped_int import GroupedIntSpec, stored_zeros
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE_BYTES = 2 << 20  # float32 tile of decoded weights while few rows of x share it: stays in the L2 of two cores
 _TILE_BYTES_WIDE = 16 << 20  # with many rows of x the matrix product dominates and prefers a wider right-hand side
+_LONG_RUN = 16  # contiguous columns per scale from which broadcasting is faster than a gathered copy of the scales
 _WIDE_ROWS = 64  # rows of x from which the wide tile is used
 
 
@@ -78,7 +80,7 @@ def matmul_reference(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor]
 def _add_segment(out: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bits: int) -> None:
     """Add one segment's code products to ``out`` [m, out]; x [m, count, group_size], scales [out, count]."""
     m, count, group_size = x.shape
-    period = 8 // gcd(bits, 8)  # codes per repetition of the bit stream; it spans bits * period / 8 bytes
+    period, _ = _block(bits)
     n_columns = count * group_size
     n_blocks = -(-n_columns // period)
     padded = torch.nn.functional.pad(x.reshape(m, n_columns), (0, n_blocks * period - n_columns))
@@ -86,38 +88,78 @@ def _add_segment(out: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bits: i
     tile_bytes = _TILE_BYTES_WIDE if m >= _WIDE_ROWS else _TILE_BYTES
     step = max(1, tile_bytes // (4 * n_blocks * period))
     tile = x.new_empty(min(step, out.shape[1]), period, n_blocks)
-    column_group = None
-    if group_size % period:  # a period straddles two groups: look every column's scale up
-        column = torch.arange(period)[:, None] + torch.arange(n_blocks)[None, :] * period
-        column_group = (column // group_size).clamp_(max=count - 1).flatten()
+    spread = _scale_spread(count, group_size, period, x.device)
     for first in range(0, out.shape[1], step):
         planes = _unpack_planes(packed[first : first + step], bits, n_blocks)
         weight = tile[: planes.shape[0]].copy_(planes)
-        tile_scales = scales[first : first + step]
-        if column_group is None:
-            weight.view(-1, period, count, group_size // period).mul_(tile_scales[:, None, :, None])
-        else:
-            weight.view(planes.shape[0], -1).mul_(tile_scales[:, column_group])
+        spread(weight, scales[first : first + step])
         out[:, first : first + step] += x_planes @ weight.flatten(1).t()
 
 
+def _scale_spread(count: int, group_size: int, period: int, device: torch.device) -> Callable[[Tensor, Tensor], object]:
+    """How to multiply a tile ``[rows, period, n_blocks]`` by its scales ``[rows, count]`` in place."""
+    run, rest = divmod(group_size, period)
+    if rest == 0 and run >= _LONG_RUN:
+        return lambda tile, scales: tile.view(len(tile), -1, count, run).mul_(scales[:, None, :, None])
+    n_blocks = -(-count * group_size // period)
+    column_group = torch.arange(n_blocks * period, device=device).reshape(n_blocks, period).t() // group_size
+    column_group.clamp_(max=count - 1)  # the padding after the last group
+    if rest == 0:  # every block lies in one group
+        return lambda tile, scales: tile.mul_(scales[:, None, column_group[0]])
+    return lambda tile, scales: tile.mul_(scales[:, column_group])
+
+
+def _block(bits: int) -> tuple[int, int]:
+    """Codes and bytes of one repetition of the bit stream: a byte where codes divide it, else whole 32-bit words."""
+    if 8 % bits == 0:
+        return 8 // bits, 1
+    period = 32 // gcd(bits, 32)
+    return period, period * bits // 8
+
+
 def _unpack_planes(packed: Tensor, bits: int, n_blocks: int) -> Tensor:
-    """uint8 rows of a bit stream to codes ``[rows, period, n_blocks]``: plane f holds code f of every period."""
-    n_bytes = bits // gcd(bits, 8)
-    period = 8 * n_bytes // bits
-    missing = n_blocks * n_bytes - packed.shape[1]
-    if missing:
-        packed = torch.nn.functional.pad(packed, (0, missing))
-    blocks = packed.reshape(packed.shape[0], n_blocks, n_bytes)
+    """Rows of a bit stream to integer codes ``[rows, period, n_blocks]``: plane f holds code f of every block."""
+    period, n_bytes = _block(bits)
     if period == 1:
-        return blocks.transpose(1, 2)
-    planes = packed.new_empty(packed.shape[0], period, n_blocks)
+        return packed.unsqueeze(1)
+    planes = _byte_planes if n_bytes == 1 else _word_planes
+    return planes(packed, bits, period)[:, :, :n_blocks]
+
+
+def _byte_planes(packed: Tensor, bits: int, period: int) -> Tensor:
+    """uint8 planes for 1, 2 and 4 bits; eight bytes are shifted at once, the mask removes what the neighbour lent."""
+    words = _as_words(packed, torch.int64, 8)
+    planes = words.new_empty(words.shape[0], period, words.shape[1])
+    mask = ((1 << bits) - 1) * 0x0101010101010101
     for field in range(period):
-        byte, shift = divmod(field * bits, 8)
-        plane = planes[:, field]
-        torch.bitwise_right_shift(blocks[:, :, byte], shift, out=plane)
-        if shift + bits > 8:  # the code's high bits are the low bits of the next byte
-            plane |= blocks[:, :, byte + 1] << (8 - shift)
-        if shift + bits != 8:
-            plane &= (1 << bits) - 1
-    return planes
+        torch.bitwise_right_shift(words, field * bits, out=planes[:, field])
+    return planes.bitwise_and_(mask).view(torch.uint8)
+
+
+def _word_planes(packed: Tensor, bits: int, period: int) -> Tensor:
+    """int32 planes for 3, 5, 6 and 7 bits."""
+    n_words = period * bits // 32
+    words = _as_words(packed, torch.int32, 4 * n_words)
+    words = words.view(len(words), -1, n_words).permute(2, 0, 1).contiguous()
+    planes = words.new_empty(words.shape[1], period, words.shape[2])
+    position = torch.arange(period, dtype=torch.int32, device=packed.device) * bits
+    for index in range(n_words):
+        first = -(-32 * index // bits)  # first code that starts in this word; the last may end in the next one
+        last = -(-32 * (index + 1) // bits)
+        shifts = position[first:last, None] - 32 * index
+        torch.bitwise_right_shift(words[index, :, None], shifts, out=planes[:, first:last])
+        tail = last * bits - 32 * (index + 1)  # bits of the last code that lie in the next word
+        if tail > 0:
+            low = planes[:, last - 1].bitwise_and_((1 << (bits - tail)) - 1)  # undo the sign of the shift
+            low |= words[index + 1] << (bits - tail)
+    return planes.bitwise_and_((1 << bits) - 1)
+
+
+def _as_words(packed: Tensor, dtype: torch.dtype, n_bytes: int) -> Tensor:
+    """The bytes of each row as words, padded with zeros to a multiple of ``n_bytes``."""
+    missing = -packed.shape[1] % n_bytes
+    if missing or packed.storage_offset() % dtype.itemsize or not packed.is_contiguous():
+        padded = packed.new_zeros(packed.shape[0], packed.shape[1] + missing)
+        padded[:, : packed.shape[1]] = packed
+        packed = padded
+    return packed.view(dtype)
