@@ -16,7 +16,7 @@ from quantkit.formats.checkpoint import find_tensors, has_tripwire, read_tensor,
 from quantkit.formats.files import read_json, write_json
 from quantkit.formats.grouped_int import GroupedInt, pack, symmetric_zero
 
-_NOT_LINEAR = re.compile(r"norm|embed|mlp\.gate\.weight$|rotary")
+_NOT_LINEAR = re.compile(r"norm|embed|(mlp|moe)\.gate\.weight$|rotary")
 
 
 @dataclass(frozen=True)

@@ -85,12 +85,12 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
                 kept.append(conversion)
         return kept
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for name, module in model.named_modules():
-            if isinstance(module, PackedLinear):
-                tensors = module.stored_tensors()
-                if not any(tensor.is_meta for tensor in tensors.values()):  # meta: offloaded to disk
-                    check_values(name, module.spec, tensors)
+            if not isinstance(module, PackedLinear) or module.scales.is_meta:  # meta: offloaded to disk
+                continue
+            check_values(name, module.spec, module.stored_tensors())
+            module.weight = module.weight.to(model.dtype)  # as loaded it is float16, like in the file
         return model
 
 

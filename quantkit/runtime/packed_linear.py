@@ -28,6 +28,7 @@ class PackedLinear(nn.Module):
         device: of all tensors, uninitialized until loaded; "meta" works.
     """
 
+    scales: Tensor
     weight: Tensor
     bias: nn.Parameter | None
 
