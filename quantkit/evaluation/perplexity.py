@@ -167,8 +167,8 @@ def _score_window(logits: Tensor, ids: Tensor, reference: Tensor | None) -> _Sco
 def _compare(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q) and whether both have the same most likely token, per row of [positions, vocabulary]."""
     p = log_p.exp()
-    # A token that p rules out counts 0, also where its logarithm is -inf.
-    kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+    # A token that p rules out counts 0, also where its logarithm is -inf. NaN is not 0 and stays.
+    kl = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
     return kl, (log_p.argmax(-1) == log_q.argmax(-1)).float()
 
 

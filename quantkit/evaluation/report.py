@@ -1,0 +1,176 @@
+"""`evaluate`: load a model, measure it on texts and tasks, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.calib.datasets import EvalWindows, load_evaluation
+from quantkit.calib.sources import source_name
+from quantkit.errors import FileError, RequestError
+from quantkit.evaluation.perplexity import TextResult, evaluate_windows
+from quantkit.evaluation.tasks import evaluate_tasks
+
+MAX_DEFAULT_SEQ_LEN = 2048  # what the papers use, where the model reaches that far
+
+TextProgress = Callable[[str, int, int], None]  # (text's name, windows done, windows in all)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """What was measured: texts and tasks by name. `seconds` is wall time, loading included."""
+
+    model: str
+    perplexity: Mapping[str, TextResult]
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``quantkit eval --json`` prints; without tasks there is no entry for them."""
+        perplexity = {name: result.to_json() for name, result in self.perplexity.items()}
+        tasks = {"tasks": {name: dict(metrics) for name, metrics in self.tasks.items()}} if self.tasks else {}
+        return {"model": self.model, "perplexity": perplexity, **tasks, "seconds": self.seconds}
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    *,
+    data: str | Path | Sequence[str | Path] = ("builtin",),
+    seq_len: int | None = None,
+    limit: int | None = None,
+    reference: str | Path | nn.Module | None = None,
+    tasks: Sequence[str] = (),
+    tasks_path: str | Path | None = None,
+    tokenizer: Any = None,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    batch_size: int = 1,
+    progress: TextProgress | None = None,
+) -> EvalReport:
+    """Measure perplexity, the distance to a reference model, and task accuracies.
+
+    Args:
+        model: a folder (packed or not), a hub id, ``demo``, or a loaded transformers model.
+        data: texts, as in `quantkit.calib.datasets.load_evaluation`; empty to run tasks only.
+        seq_len: tokens of a window; None: min(2048, the model's limit).
+        limit: windows of each text, and documents of each task; None takes all.
+        reference: the model to measure KL divergence and top-1 agreement against. It stays in memory beside `model`.
+        tasks: names of lm-eval tasks.
+        tasks_path: a folder with lm-eval task files of your own.
+        tokenizer: needed with a loaded model; otherwise the model folder's own.
+        device: for models that are loaded here; ``auto`` is CUDA where there is one, else the CPU.
+        dtype: of activations and unpacked weights; None: float32 on a CPU, on a GPU what the model's config says.
+        batch_size: windows per forward pass.
+        progress: called after each batch of each text.
+
+    Raises:
+        RequestError: nothing to do, an unknown source, two texts of one name, a window beyond the model's limit.
+        FileError: a model or text that is missing or damaged.
+        NumericalError: logits that are not finite.
+    """
+    started = time.perf_counter()
+    sources = [str(source) for source in ([data] if isinstance(data, str | Path) else data)]
+    if not sources and not tasks:
+        raise RequestError("nothing to evaluate; name a text (data) or a task (tasks)")
+    _check_names(sources)
+    config = _config_of(model)
+    if reference is not None:
+        _check_vocabularies(config, _config_of(reference))
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(model)
+    window = _window(config, seq_len)
+    vocab_size = config.get_text_config().vocab_size
+    # All texts before any weight: a text that cannot be read should not cost a model's loading time.
+    texts = [load_evaluation(source, tokenizer, window, limit, vocab_size=vocab_size) for source in sources]
+    loaded = _load(model, device, dtype)
+    other = None if reference is None else _load(reference, device, dtype)
+    results = {
+        text.name: evaluate_windows(
+            loaded, text, reference=other, batch_size=batch_size, progress=_named(progress, text)
+        )
+        for text in texts
+    }
+    scores = evaluate_tasks(loaded, tokenizer, tasks, limit, tasks_path, batch_size=batch_size) if tasks else {}
+    return EvalReport(model=_name_of(model), perplexity=results, tasks=scores, seconds=time.perf_counter() - started)
+
+
+def _check_names(sources: Sequence[str]) -> None:
+    """Results are kept by the texts' names, so these must differ."""
+    seen: dict[str, str] = {}
+    for source in sources:
+        name = source_name(source)
+        if name in seen:
+            raise RequestError(
+                f"two texts are called {name!r} ({seen[name]} and {source}); results are kept by name, so rename one"
+            )
+        seen[name] = source
+
+
+def _config_of(model: str | Path | nn.Module) -> Any:
+    if isinstance(model, nn.Module):
+        return model.config
+    from transformers import AutoConfig  # imported here: `import quantkit` must not import transformers
+
+    from quantkit.runtime.loading import resolve
+
+    source = resolve(model)
+    if isinstance(source, Path) and not (source / "config.json").is_file():
+        raise FileError(f"{source}: no config.json; give the folder of a model")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileError(f"{source}: config.json cannot be used: {reason}") from error
+
+
+def _tokenizer_of(model: str | Path | nn.Module) -> Any:
+    from quantkit.runtime.loading import load_tokenizer
+
+    if isinstance(model, nn.Module):
+        raise RequestError("a loaded model comes without its tokenizer; pass tokenizer=")
+    return load_tokenizer(model)
+
+
+def _check_vocabularies(config: Any, reference: Any) -> None:
+    sizes = [each.get_text_config().vocab_size for each in (config, reference)]
+    if sizes[0] != sizes[1]:
+        raise RequestError(
+            f"the reference has a vocabulary of {sizes[1]} tokens, the model of {sizes[0]}; "
+            "pass the model that this one was made from"
+        )
+
+
+def _window(config: Any, seq_len: int | None) -> int:
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if seq_len is None:
+        return min(MAX_DEFAULT_SEQ_LEN, limit or MAX_DEFAULT_SEQ_LEN)
+    if limit is not None and seq_len > limit:
+        raise RequestError(f"seq_len is {seq_len}, the model's limit is {limit} tokens; use {limit} or less")
+    return seq_len
+
+
+def _load(model: str | Path | nn.Module, device: str, dtype: str | torch.dtype | None) -> nn.Module:
+    from quantkit.runtime.loading import load
+
+    if isinstance(model, nn.Module):
+        return model
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None and device == "cpu":
+        dtype = torch.float32  # half precision is slow on a CPU and blurs small differences
+    loaded: nn.Module = load(model, device=device, dtype=dtype)
+    return loaded
+
+
+def _named(progress: TextProgress | None, text: EvalWindows) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(text.name, done, total)
+
+
+def _name_of(model: str | Path | nn.Module) -> str:
+    return (getattr(model, "name_or_path", "") or type(model).__name__) if isinstance(model, nn.Module) else str(model)
