@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from tiny_models import VOCAB, build
 from torch import Tensor, nn
 
-from quantkit.calib.datasets import EvalWindows, load_evaluation
+from quantkit.calib.datasets import EvalWindows
 from quantkit.errors import NumericalError, RequestError
 from quantkit.evaluation.perplexity import TextResult, evaluate_windows
 
@@ -219,16 +217,16 @@ def test_requests_that_make_no_sense() -> None:
         evaluate_windows(bigram(0), random_windows(), batch_size=0)
 
 
-@pytest.mark.shared
-@pytest.mark.slow
-@pytest.mark.parametrize(("text", "ppl", "within"), [("eval_docs", 5.336, 0.002), ("wikitext2_test", 71.19, 0.02)])
-def test_reference_results(shared: Path, text: str, ppl: float, within: float) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = shared / "models" / "llama-28m"
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    windows = load_evaluation(str(shared / "data" / f"{text}.txt"), tokenizer, 1024, 32)
-    result = evaluate_windows(model, windows)
-    assert (result.windows, result.seq_len) == (32, 1024)
-    assert result.ppl == pytest.approx(ppl, abs=within)
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_numbers() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    windows = random_windows(5, 40, VOCAB)
+    here = evaluate_windows(build("llama", 0), windows, reference=build("llama", 1))
+    model = build("llama", 0).cuda()
+    there = evaluate_windows(model, windows, reference=build("llama", 1).cuda(), batch_size=2)
+    assert there.nll == pytest.approx(here.nll, rel=1e-5)
+    assert there.kl_mean == pytest.approx(here.kl_mean, rel=1e-4)
+    apart = evaluate_windows(model, windows, reference=build("llama", 0))  # the reference stays on the CPU
+    assert apart.nll == pytest.approx(here.nll, rel=1e-5)
+    assert apart.kl_mean == pytest.approx(0.0, abs=1e-6)

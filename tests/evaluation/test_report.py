@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_models import pack_folder
 from tiny_models import MAX_POSITION, build, tiny_model, tiny_tokenizer
 
 from quantkit.calib.datasets import load_evaluation
@@ -86,6 +87,29 @@ def test_activations_are_float32_on_a_cpu(folder: Path, tmp_path: Path) -> None:
     expected = evaluate(widened, data=text, seq_len=64, limit=2, tokenizer=tiny_tokenizer()).perplexity
     assert evaluate(half, data=text, **settings).perplexity == expected
     assert evaluate(half, data=text, dtype="bfloat16", **settings).perplexity != expected
+
+
+def test_a_packed_folder_is_its_dequantized_self(folder: Path, tmp_path: Path) -> None:
+    folders = pack_folder(folder / "llama-0", tmp_path, bits=(2, 4))
+    settings: dict[str, Any] = {"data": folder / "one.txt", "seq_len": 64, "device": "cpu"}
+    result = evaluate(folders.packed, reference=folders.dense, **settings).perplexity["one"]
+    # Both multiply the same float32 weights; only the order of the sums differs.
+    assert result.kl_mean == pytest.approx(0.0, abs=1e-7)
+    assert result.ppl == pytest.approx(evaluate(folders.dense, **settings).perplexity["one"].ppl, rel=1e-4)
+    apart = evaluate(folders.packed, reference=folder / "llama-0", **settings).perplexity["one"]
+    assert apart.kl_mean is not None
+    assert apart.kl_mean > 0.001
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_reference_results(shared: Path) -> None:
+    texts = [shared / "data" / f"{name}.txt" for name in ("eval_docs", "wikitext2_test")]
+    report = evaluate(shared / "models" / "llama-28m", data=texts, seq_len=1024, limit=32, device="cpu")
+    assert {result.windows for result in report.perplexity.values()} == {32}
+    # Measured with other tools on the same windows, activations in float32.
+    assert report.perplexity["eval_docs"].ppl == pytest.approx(5.336, abs=0.002)
+    assert report.perplexity["wikitext2_test"].ppl == pytest.approx(71.19, abs=0.02)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
