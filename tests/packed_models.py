@@ -62,6 +62,7 @@ def pack_folder(
     symmetric: bool = False,
     head: bool = False,
     rename: tuple[tuple[str, str], ...] = (),
+    only: str = "",
 ) -> PackedFolders:
     """Pack every block linear of a saved model.
 
@@ -73,13 +74,14 @@ def pack_folder(
         symmetric: of all modules.
         head: pack ``lm_head`` too.
         rename: regular expressions from tensor prefix to runtime name, where the two differ.
+        only: a regular expression that the names of packed tensors match.
     """
     packed_tensors: dict[str, Tensor] = {}
     dense_tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
     for name, ref in find_tensors(source).items():
         tensor = read_tensor(ref)
-        if not _is_packed(name, tensor, head):
+        if not _is_packed(name, tensor, head) or not re.search(only, name):
             packed_tensors[name] = dense_tensors[name] = tensor
             continue
         prefix = name.removesuffix(".weight")

@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 HIDDEN, INTERMEDIATE, N_BLOCKS, MAX_POSITION = 64, 128, 2, 256
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]  # ids 0 to 3; the 256 bytes follow
@@ -73,6 +82,22 @@ def build(family: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            _randomize(parameter.data)
+    return model
+
+
+def build_llava(seed: int = 0) -> PreTrainedModel:
+    """A vision-language model: two CLIP blocks, a projector and two llama blocks; 28 x 28 images are four tokens."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, image_size=28, patch_size=14),
+        text_config=LlamaConfig(**_GROUPED),
+        image_token_index=270,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config).eval()
         for parameter in model.parameters():
             _randomize(parameter.data)
     return model

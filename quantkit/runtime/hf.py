@@ -52,6 +52,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         super().__init__(quantization_config, **kwargs)
         self.modules = parse_modules(quantization_config.to_dict())
         self.unfused: list[str] = []
+        self.shapes: dict[str, Any] = {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -71,6 +72,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         for module in self.modules.values():
             _swap(model, module)
         _untie_packed_head(model, self.modules)
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
@@ -85,13 +87,23 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
                 kept.append(conversion)
         return kept
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self._check_shapes(model)
         for name, module in model.named_modules():
-            if not isinstance(module, PackedLinear) or module.scales.is_meta:  # meta: offloaded to disk
-                continue
+            if not isinstance(module, PackedLinear) or any(tensor.is_meta for tensor in module.buffers()):
+                continue  # meta: offloaded, an accelerate hook reads the tensors for each call
             check_values(name, module.spec, module.stored_tensors())
             module.weight = module.weight.to(model.dtype)  # as loaded it is float16, like in the file
+            module.use_device_form()
         return model
+
+    def _check_shapes(self, model: nn.Module) -> None:
+        """transformers 5.17 takes any shape while a quantizer is active."""
+        for name, tensor in sorted(model.state_dict().items()):
+            required = self.shapes.get(name, tensor.shape)
+            if tensor.shape != required:
+                found = list(tensor.shape)
+                raise FileError(f"tensor {name} is {found} in the files, {list(required)} in the model of config.json")
 
 
 def register() -> None:

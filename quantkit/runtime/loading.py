@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +65,15 @@ def load(
     model_class = AutoModelForImageTextToText if _sees_images(config) else AutoModelForCausalLM
     options |= _placement(device, kwargs)
     options["dtype"] = _parse_dtype(dtype)
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = model_class.from_pretrained(
-            source, config=config, use_safetensors=True, output_loading_info=True, **options
-        )
+        with _no_loading_report():
+            model, info = model_class.from_pretrained(source, config=config, **options)
     except OSError as error:
         raise FileError(f"{source}: the model cannot be loaded: {_first_line(error)}") from error
     except ValueError as error:
         raise RequestError(f"{source}: the model cannot be loaded: {_first_line(error)}") from error
-    if info["missing_keys"]:
-        raise FileError(f"{source}: tensor {min(info['missing_keys'])} is missing; the folder is not complete")
+    _check_complete(source, info)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -99,6 +101,8 @@ def resolve(path: str | Path) -> Path | str:
         from quantkit.demo import model_path  # imported here: only this name needs the embedded model
 
         return model_path()
+    if path == "":
+        raise FileError("no folder given")
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -106,7 +110,7 @@ def resolve(path: str | Path) -> Path | str:
         raise FileError(f"{folder} is a file; give the folder of the model")
     if isinstance(path, str) and _HUB_ID.fullmatch(path) and not Path(path).parent.is_dir():
         return path
-    raise FileError(f"no folder {folder}")
+    raise FileError(f"no folder {path}")
 
 
 def _check_folder(folder: Path, verify: bool) -> None:
@@ -135,6 +139,31 @@ def _read_config(source: Path | str, options: dict[str, Any]) -> Any:
         ) from error
     except (ValueError, KeyError) as error:
         raise FileError(f"{source}: config.json cannot be used: {_first_line(error)}") from error
+
+
+@contextmanager
+def _no_loading_report() -> Iterator[None]:
+    """Keep transformers from logging its table of missing and mismatched tensors: `_check_complete` names the first."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _check_complete(source: Path | str, info: dict[str, Any]) -> None:
+    """Refuse what transformers would initialize at random."""
+    for name in sorted(info["missing_keys"]):
+        raise FileError(f"{source}: tensor {name} is missing; the folder is not complete, copy it again")
+    for name, found, required in sorted(info["mismatched_keys"]):
+        raise FileError(
+            f"{source}: tensor {name} is {list(found)} in the files, {list(required)} in the model of config.json"
+        )
 
 
 def _sees_images(config: Any) -> bool:

@@ -11,24 +11,25 @@ from torch import Tensor, nn
 from quantkit.formats.checkpoint import TRIPWIRE
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.kernels.grouped_int import matmul
+from quantkit.kernels.planar import from_planar, is_planar, to_planar
 
 
 class PackedLinear(nn.Module):
     """``y = x W^T + bias`` from packed codes; the dense weight never exists.
 
-    Buffers, all saved: the stored tensors exactly as ``spec.tensor_layout()`` names, types and shapes them, and a
-    zero-element ``weight``, which is the checkpoint's tripwire and tells code that peeks at ``linear.weight.dtype`` and
-    ``.device`` what it wants to know (it is in the compute dtype here, and float16 in a file).
+    Buffers: the stored tensors exactly as ``spec.tensor_layout()`` names, types and shapes them, and a zero-element
+    ``weight``, which is the checkpoint's tripwire and tells code that peeks at ``linear.weight.dtype`` and ``.device``
+    what it wants to know. On a CUDA device the stored tensors are replaced by their planar equal (kernels/planar.py):
+    one copy is held, never both. A state dict always has the stored tensors, byte for byte.
 
     Args:
         spec: shape and storage of the weight.
         bias: whether there is a bias, a parameter in ``dtype``.
         dtype: compute dtype of the model around this module; converting the model never touches the packed tensors.
-        tripwire: whether a state dict holds the zero-element ``weight``.
+        tripwire: whether a state dict holds the zero-element ``weight``, there always float16.
         device: of all tensors, uninitialized until loaded; "meta" works.
     """
 
-    scales: Tensor
     weight: Tensor
     bias: nn.Parameter | None
 
@@ -45,19 +46,52 @@ class PackedLinear(nn.Module):
         self.spec = spec
         self.in_features = spec.in_features
         self.out_features = spec.out_features
+        self.packed_names = tuple(spec.tensor_layout())  # the buffers that hold the weight, in the present form
         for name, (stored_dtype, shape) in spec.tensor_layout().items():
             self.register_buffer(name, torch.empty(shape, dtype=stored_dtype, device=device))
         self.register_buffer(TRIPWIRE, torch.empty(0, dtype=dtype, device=device), persistent=tripwire)
         value = nn.Parameter(torch.empty(spec.out_features, dtype=dtype, device=device), requires_grad=False)
         self.register_parameter("bias", value if bias else None)
 
-    def stored_tensors(self) -> dict[str, Tensor]:
-        """The tensors of ``spec.tensor_layout()``."""
-        return {name: self.get_buffer(name) for name in self.spec.tensor_layout()}
-
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
-        return matmul(x, self.spec, self.stored_tensors(), self.bias)
+        return matmul(x, self.spec, self.packed_tensors(), self.bias)
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The weight's buffers in the form in which they are held."""
+        return {name: self.get_buffer(name) for name in self.packed_names}
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The tensors of ``spec.tensor_layout()``; computed when the module holds the planar form."""
+        return from_planar(self.spec, self.packed_tensors()) if self.is_planar else self.packed_tensors()
+
+    @property
+    def is_planar(self) -> bool:
+        return self.packed_names != tuple(self.spec.tensor_layout())
+
+    def use_planar_form(self) -> None:
+        """Hold the kernels' planar form instead of the stored tensors, where there is one."""
+        if not self.is_planar and is_planar(self.spec):
+            self._replace_buffers(to_planar(self.spec, self.packed_tensors()), persistent=False)
+
+    def use_stored_form(self) -> None:
+        """Hold the stored tensors again."""
+        if self.is_planar:
+            self._replace_buffers(self.stored_tensors(), persistent=True)
+
+    def use_device_form(self) -> None:
+        """The form that runs where the tensors are: planar on CUDA, stored elsewhere."""
+        if self.get_buffer(self.packed_names[0]).is_cuda:
+            self.use_planar_form()
+        else:
+            self.use_stored_form()
+
+    def _replace_buffers(self, tensors: dict[str, Tensor], persistent: bool) -> None:
+        for name in self.packed_names:
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=persistent)
+        self.packed_names = tuple(tensors)
 
     def extra_repr(self) -> str:
         segments = ", ".join(f"{count}x{bits}b" for bits, count in self.spec.segments)
@@ -66,18 +100,27 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Moves between devices reach every tensor; conversions (``.half()``, ``.to(dtype)``) spare the packed ones."""
-        stored = {id(tensor) for tensor in self.stored_tensors().values()}
+        self.use_stored_form()
+        packed = {id(tensor) for tensor in self.packed_tensors().values()}
 
         def spare(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if id(tensor) in stored and moved.dtype != tensor.dtype:
+            if id(tensor) in packed and moved.dtype != tensor.dtype:
                 return tensor.to(moved.device)
             return moved
 
         super()._apply(spare, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        self.use_device_form()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_planar:  # on the CPU: the device has no room for a second copy of every module
+            destination |= {prefix + name: tensor.cpu() for name, tensor in self.stored_tensors().items()}
         if prefix + TRIPWIRE in destination:
             destination[prefix + TRIPWIRE] = destination[prefix + TRIPWIRE].to(torch.float16)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.use_stored_form()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.use_device_form()

@@ -90,6 +90,58 @@ def test_converting_the_model_spares_the_packed_tensors(dtype: torch.dtype) -> N
     assert same_tensors(layer.stored_tensors(), pack(rounded))
 
 
+@pytest.mark.parametrize("bits", [(4, 2, 3, 1), (8, 5, 7, 6), (2, 2, 2, 2)])
+def test_planar_form_is_held_instead_and_saved_as_the_stored_bytes(bits: tuple[int, ...]) -> None:
+    """What a CUDA device holds, checked on the CPU: the form differs, the state dict does not."""
+    layer, rounded = random_layer(bits)
+    before = layer.state_dict()
+    layer.use_planar_form()
+    assert layer.is_planar
+    assert "planar" in dict(layer.named_buffers())
+    assert not {name for name, _ in layer.named_buffers()} & {f"codes_{b}b" for b in bits}
+    assert same_tensors(dict(layer.state_dict()), dict(before))
+    assert same_tensors(layer.stored_tensors(), pack(rounded))
+    layer.load_state_dict(before)
+    assert not layer.is_planar
+    layer.use_planar_form()
+    layer.to(torch.bfloat16)  # moves and conversions go through the stored form; on the CPU it stays
+    assert not layer.is_planar
+    assert same_tensors(layer.stored_tensors(), pack(rounded))
+    assert [name for name, _ in layer.named_buffers() if name != "weight"] == list(rounded.spec().tensor_layout())
+
+
+def test_group_size_without_a_planar_form_keeps_the_stored_tensors() -> None:
+    rounded = round_to_nearest(torch.randn(8, 24, generator=torch.Generator().manual_seed(0)), (4, 4, 4))
+    layer = PackedLinear(rounded.spec())
+    layer.load_state_dict({**pack(rounded), "weight": torch.empty(0)})
+    layer.use_planar_form()
+    assert not layer.is_planar
+    assert same_tensors(layer.packed_tensors(), pack(rounded))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [(4, 4, 4, 4), (4, 2, 3, 1), (8, 5, 7, 6)])
+def test_cuda_round_trip_and_output(bits: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer, rounded = random_layer(bits, dtype=dtype)
+    before = layer.state_dict()
+    x = torch.randn(7, layer.in_features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = layer(x).float()
+    layer.cuda()
+    assert layer.is_planar
+    assert same_tensors(
+        dict(layer.state_dict()),
+        {name: tensor for name, tensor in before.items() if name != "bias"} | {"bias": layer.bias},
+    )
+    got = layer(x.cuda()).float().cpu()
+    # the tensor core multiplies in the model dtype with float32 sums; the CPU twin in float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=float(4 * EPSILON[dtype] * expected.abs().max()))
+    layer.cpu()
+    assert same_tensors(layer.stored_tensors(), pack(rounded))
+    assert torch.equal(layer(x).float(), expected)
+
+
 def test_meta_to_empty_and_copies() -> None:
     layer, rounded = random_layer()
     on_meta = copy.deepcopy(layer).to("meta")
