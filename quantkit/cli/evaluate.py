@@ -1,0 +1,126 @@
+"""``quantkit eval``: perplexity, the distance to a reference, task accuracies."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quantkit.cli.options import ADVANCED, Debug, Device, Json, LoadDtype, Model
+from quantkit.cli.screen import duration, note, notes, print_json, quiet_libraries, results, table
+from quantkit.errors import FileError
+from quantkit.formats.files import read_json
+
+if TYPE_CHECKING:
+    from quantkit.evaluation import EvalReport
+
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME|PATH",
+        help="Evaluation text: builtin, wikitext2, c4, or a .txt, .jsonl or .parquet file. Repeatable.",
+        show_default="builtin for demo and what was calibrated on builtin, else wikitext2; none with --tasks",
+    ),
+]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(metavar="L", help="Tokens of a window.", show_default="2048, or the model's limit if less"),
+]
+Limit = Annotated[int | None, typer.Option(metavar="N", help="The first N windows of a text, documents of a task.")]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="Also measure KL divergence and top-1 agreement to this model, on the same text."
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAMES", help="lm-eval tasks, such as piqa,arc_easy. Repeatable.", rich_help_panel=ADVANCED),
+]
+TasksPath = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="A folder with lm-eval task files of your own.", rich_help_panel=ADVANCED),
+]
+BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.", rich_help_panel=ADVANCED)]
+
+
+def evaluate(
+    model: Model,
+    data: Data = None,
+    seq_len: SeqLen = None,
+    limit: Limit = None,
+    reference: Reference = None,
+    device: Device = "auto",
+    as_json: Json = False,
+    tasks: Tasks = None,
+    tasks_path: TasksPath = None,
+    batch_size: BatchSize = 1,
+    dtype: LoadDtype = None,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity on text, the distance to a reference model, and task accuracies."""
+    from quantkit.cli.progress import window_progress
+    from quantkit.evaluation import evaluate as measure
+
+    names = [name.strip() for item in tasks or () for name in item.split(",") if name.strip()]
+    texts = data or ([] if names else [default_data(model, reference)])
+    with quiet_libraries(), window_progress(notes()) as progress:
+        note(f"loading {model}" + (f" and {reference}" if reference else ""))
+        report = measure(
+            model,
+            data=texts,
+            seq_len=seq_len,
+            limit=limit,
+            reference=reference,
+            tasks=names,
+            tasks_path=tasks_path,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _show(report)
+
+
+def default_data(*models: str | None) -> str:
+    """``builtin`` when one of the models is the demo or was calibrated on builtin text, else ``wikitext2``."""
+    return "builtin" if any(_knows_builtin(model) for model in models if model) else "wikitext2"
+
+
+def _knows_builtin(model: str) -> bool:
+    if model == "demo":
+        return True
+    config: dict[str, Any] = {}
+    with suppress(FileError):  # what is wrong with the folder is for the loader to say
+        config = read_json(Path(model) / "config.json")
+    calibration = (config.get("quantization_config") or {}).get("calibration") or {}
+    return calibration.get("source") == "builtin"
+
+
+def _show(report: EvalReport) -> None:
+    screen = results()
+    screen.print(report.model, style="bold")
+    compared = any(result.kl_mean is not None for result in report.perplexity.values())
+    columns = ["perplexity", "windows", "seq_len", *(["KL to reference", "top-1 agreement"] if compared else [])]
+    if report.perplexity:
+        made = table("text", *columns, numbers=tuple(columns))
+        for name, result in report.perplexity.items():
+            row = [name, f"{result.ppl:.4f}", str(result.windows), str(result.seq_len)]
+            if result.kl_mean is not None and result.top1_agreement is not None:
+                row += [f"{result.kl_mean:.5f}", f"{100 * result.top1_agreement:.2f} %"]
+            made.add_row(*row)
+        screen.print("", made, "")
+        for result in report.perplexity.values():
+            screen.print(result.protocol, soft_wrap=True)
+    if report.tasks:
+        made = table("task", "metric", "value", numbers=("value",))
+        for name, metrics in report.tasks.items():
+            for metric, value in metrics.items():
+                made.add_row(name, metric, f"{value:.4f}")
+        screen.print("", made, "")
+    screen.print(f"time: {duration(report.seconds)}")

@@ -1,0 +1,124 @@
+"""``quantkit inspect``: what a packed folder holds, module by module."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quantkit.cli.options import Debug, Json
+from quantkit.cli.screen import print_json, print_pairs, results, size, table
+
+if TYPE_CHECKING:
+    from quantkit.formats.checkpoint import Checkpoint
+
+_KINDS = (("norms", r"norm|\bln_"), ("head", r"\b(lm_head|embed_out)\b"), ("embeddings", r"embed|\bwte\b|\bwpe\b"))
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that quantkit quantize has written.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Compare every file with its SHA-256 in checksums.json.")]
+
+
+def inspect(folder: Folder, verify: Verify = False, as_json: Json = False, debug: Debug = False) -> None:
+    """Show what is inside a packed folder: formats, widths, bytes, errors."""
+    from quantkit.formats.checkpoint import open_folder, verify_checksums
+
+    checkpoint = open_folder(folder)
+    if verify:
+        verify_checksums(folder)
+    described = describe(checkpoint) | ({"verified": True} if verify else {})
+    if as_json:
+        print_json(described)
+    else:
+        _show(described)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Everything that ``--json`` prints."""
+    quantization, errors = checkpoint.quantization_config, _relative_errors(checkpoint.folder)
+    modules = [
+        {
+            "name": module.name,
+            "format": module.spec.to_json()["format"],
+            "shape": [module.spec.out_features, module.spec.in_features],
+            "group_size": module.spec.group_size,
+            "segments": [list(segment) for segment in module.spec.segments],
+            "bytes": module.spec.n_bytes,
+            "bpw": module.spec.bpw,
+            "relative_error": errors.get(module.name),
+        }
+        for module in sorted(checkpoint.modules.values(), key=lambda module: _natural(module.name))
+    ]
+    n_weights = sum(module.spec.n_weights for module in checkpoint.modules.values())
+    totals = _bytes_by_kind(checkpoint)
+    return {
+        "folder": str(checkpoint.folder),
+        "method": (quantization.get("recipe") or {}).get("method"),
+        "quantkit_version": quantization.get("quantkit_version"),
+        "format_version": quantization["format_version"],
+        "calibration": quantization.get("calibration"),
+        "bpw": 8 * totals["quantized"] / n_weights,
+        "size_bytes": sum(totals.values()),
+        "bytes": totals,
+        "modules": modules,
+    }
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _relative_errors(folder: Path) -> dict[str, float]:
+    """By module, from ``report.json``; a folder from elsewhere may have none."""
+    from quantkit.formats.files import read_json
+
+    path = folder / "report.json"
+    rows = read_json(path).get("modules", []) if path.is_file() else []
+    return {row["name"]: row["relative_error"] for row in rows if "relative_error" in row}
+
+
+def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of the packed modules' tensors, and of all others by what their names say."""
+    packed = {f"{module.prefix}.{key}" for module in checkpoint.modules.values() for key in module.spec.tensor_layout()}
+    totals = dict.fromkeys(("quantized", "embeddings", "head", "norms", "other"), 0)
+    for name, ref in checkpoint.tensors.items():
+        kind = next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")
+        totals["quantized" if name in packed else kind] += ref.n_bytes
+    return totals
+
+
+def _show(described: dict[str, Any]) -> None:
+    screen = results()
+    numbers = ("group size", "bytes", "bpw", "relative error")
+    made = table("module", "format", "shape", "bits", *numbers, numbers=numbers)
+    for module in described["modules"]:
+        error = module["relative_error"]
+        made.add_row(
+            module["name"],
+            module["format"],
+            " x ".join(str(length) for length in module["shape"]),
+            _bits(module["segments"]),
+            str(module["group_size"]),
+            f"{module['bytes']:,}",
+            f"{module['bpw']:.3f}",
+            "" if error is None else f"{error:.4f}",
+        )
+    screen.print(made, "")
+    calibration = described["calibration"] or {}
+    rows = [("folder", described["folder"]), ("method", described["method"] or "unknown")]
+    rows.append(("calibration", calibration.get("protocol", "none")))
+    rows.append(("bits per weight", f"{described['bpw']:.3f} in the quantized layers"))
+    rows += [(kind, size(n_bytes)) for kind, n_bytes in described["bytes"].items() if n_bytes or kind == "quantized"]
+    rows.append(("in all", size(described["size_bytes"])))
+    if described.get("verified"):
+        rows.append(("checksums", "all files match"))
+    print_pairs(screen, rows)
+
+
+def _bits(segments: list[list[int]]) -> str:
+    """One width alone, several with their numbers of groups: ``2 (3 groups) + 4 (3 groups)``."""
+    if len(segments) == 1:
+        return str(segments[0][0])
+    return " + ".join(f"{bits} ({count} group{'s' if count > 1 else ''})" for bits, count in segments)
