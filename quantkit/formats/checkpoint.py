@@ -228,12 +228,19 @@ def write_checksums(folder: Path) -> None:
 
 
 def verify_checksums(folder: Path) -> None:
-    """Compare every file with ``checksums.json``; files that it does not list are not looked at.
+    """Compare every file with ``checksums.json``; of files that it does not list, only weights are refused.
 
     Raises:
-        FileError: no (or a broken) ``checksums.json``, a listed file that is missing, a file that differs; by name.
+        FileError: no (or a broken) ``checksums.json``, a listed file that is missing, a file that differs, weights
+            that are not listed; by name.
     """
-    for name, expected in sorted(read_json(folder / CHECKSUMS_FILE).items()):
+    if not (folder / CHECKSUMS_FILE).is_file():
+        raise FileError(f"{folder}: no {CHECKSUMS_FILE} to compare with; quantkit quantize writes it")
+    checksums = read_json(folder / CHECKSUMS_FILE)
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in checksums:
+            raise FileError(f"{path}: not listed in {CHECKSUMS_FILE}; it was added or changed later")
+    for name, expected in sorted(checksums.items()):
         relative = Path(name)
         if relative.is_absolute() or ".." in relative.parts:
             raise FileError(f"{folder / CHECKSUMS_FILE}: {name!r} is not inside the folder")

@@ -59,7 +59,8 @@ class PackedLinear(nn.Module):
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The weight's buffers in the form in which they are held."""
-        return {name: self.get_buffer(name) for name in self.packed_names}
+        buffers = self._buffers  # not get_buffer: its checks would cost more than a small product
+        return {name: buffers[name] for name in self.packed_names}  # type: ignore[misc]  # None only for unset ones
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The tensors of ``spec.tensor_layout()``; computed when the module holds the planar form."""

@@ -472,11 +472,14 @@ def test_checksums_name_what_changed(packed: Path) -> None:
     (packed / "tokenizer.json").unlink()
     with pytest.raises(FileError, match=r"tokenizer\.json: no such file, but checksums\.json lists it"):
         verify_checksums(packed)
-    write_json(packed / "checksums.json", {"../outside": "0"})
+    write_json(packed / "checksums.json", {})
+    with pytest.raises(FileError, match=r"model\.safetensors: not listed in checksums\.json"):
+        verify_checksums(packed)
+    write_json(packed / "checksums.json", {"../outside": "0", "model.safetensors": "0"})
     with pytest.raises(FileError, match=r"'\.\./outside' is not inside the folder"):
         verify_checksums(packed)
     (packed / "checksums.json").unlink()
-    with pytest.raises(FileError, match=r"checksums\.json: no such file"):
+    with pytest.raises(FileError, match=r"packed: no checksums\.json to compare with"):
         verify_checksums(packed)
 
 
