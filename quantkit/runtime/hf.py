@@ -21,7 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit.errors import FileError, RequestError
+from quantkit.errors import FileError
 from quantkit.formats.checkpoint import (
     QUANT_METHOD,
     PackedModule,
@@ -164,9 +164,10 @@ def _stacks_experts(conversion: Any) -> bool:
 def _expert_renamings(conversion: Any) -> list[Any]:
     """Renamings for families whose files say w1, w3, w2; none for those that say gate_proj, up_proj, down_proj."""
     names = ["down_proj"] if conversion.target_patterns[0].endswith("down_proj") else ["gate_proj", "up_proj"]
-    tails = [source.rpartition("experts.*.")[2].removesuffix(".weight") for source in conversion.source_patterns]
-    if len(tails) != len(names):
-        raise RequestError(f"experts stored as {conversion.source_patterns} are not supported; load another format")
+    matches = [re.search(r"experts\.\*\.(\w+)\.weight$", source) for source in conversion.source_patterns]
+    if len(matches) != len(names) or not all(matches):
+        return []  # the files stack the experts already: there is no per-expert name to translate
+    tails = [match[1] for match in matches if match]
     pairs = [(tail, name) for tail, name in zip(tails, names, strict=True) if tail != name]
     return [WeightRenaming(rf"\.experts\.(\d+)\.{tail}\.", rf".experts.\1.{name}.") for tail, name in pairs]
 
