@@ -221,3 +221,9 @@ def test_cuda_without_cuda(folders: PackedFolders) -> None:
     with pytest.raises(RequestError, match="device 'cuda': no CUDA device is available here; use cpu"):
         load(folders.packed, device="cuda")
     assert load(folders.packed, device="auto").device.type == "cpu"
+
+
+def test_demo_is_the_embedded_model() -> None:
+    model, tokenizer = load("demo"), load_tokenizer("demo")
+    ids = tokenizer("def main():\n    return", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
