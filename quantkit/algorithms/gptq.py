@@ -9,6 +9,8 @@ Deviates   The grid of a group is fitted on the weights as compensated by *all* 
            act_order="full" fits every grid beforehand on the original weights and keeps groups contiguous in memory;
            act_order="group" visits whole groups by descending mean(diag H), and the columns inside a group by
            descending diag H, so that grids can still be fitted on compensated weights.
+           Where a grid offers a shortlist (grid=hessian), the loop runs under each candidate and each row keeps the
+           one with the least loss ||E||^2: rounding with compensation rates a scale otherwise than plain rounding does.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.algorithms.grids import Grid, GridFit
+from quantkit.algorithms.grids import SHORTLISTS, Grid, GridFit
 from quantkit.algorithms.hessian import damped_inverse_factor, without_dead_columns
 from quantkit.errors import NumericalError
 from quantkit.formats.grouped_int import GroupedInt
@@ -32,6 +34,7 @@ class GPTQConfig:
     damping: float = 0.01  # lambda, as a fraction of mean(diag(H))
     act_order: ActOrder = "none"  # order of the columns by diag(H)
     block_size: int = 128  # lazy-update width; changes speed, not codes
+    shortlist: int = 8  # grid=hessian: candidates per group that are tried in the loop itself
 
 
 class Solution(NamedTuple):
@@ -122,17 +125,44 @@ def _solve_groups(
         group = int(perm[start]) // group_size
         identity = torch.eye(group_size, dtype=W.dtype, device=W.device)
         metric = torch.linalg.solve_triangular(U[start:stop, start:stop], identity, upper=True)
-        grid = grid_fit(remaining[:, start:stop], bits[group], symmetric, metric)
-        grids[group] = grid
-        for first in range(start, stop, config.block_size):
-            last = min(first + config.block_size, stop)
-            span = slice(first, last)
-            block = remaining[:, span].clone()
-            widths = [(grid, bits[group])] * (last - first)
-            codes[:, perm[span]], E = _quantize_block(block, U[span, span], widths)
-            remaining[:, last:] -= E @ U[span, last:]
-            loss += E.square().sum().item()
+        span = slice(start, stop)
+        candidates = _candidates(remaining[:, span], bits[group], symmetric, metric, grid_fit, config.shortlist)
+        grids[group], group_codes, E = _quantize_group(remaining[:, span], U[span, span], candidates, bits[group], config)
+        codes[:, perm[span]] = group_codes
+        remaining[:, stop:] -= E @ U[span, stop:]
+        loss += E.square().sum().item()
     return codes, [grids[group] for group in range(len(bits))], loss
+
+
+def _candidates(w: Tensor, bits: int, symmetric: bool, metric: Tensor, grid_fit: GridFit, n: int) -> Grid:
+    """[n, rows] grids to try; one where the grid offers no shortlist."""
+    shortlist = SHORTLISTS.get(grid_fit)
+    if shortlist is not None and n > 1:
+        return shortlist(w, bits, symmetric, metric, n)
+    return Grid(*(part.unsqueeze(0) for part in grid_fit(w, bits, symmetric, metric)))
+
+
+def _quantize_group(
+    w: Tensor, U: Tensor, candidates: Grid, bits: int, config: GPTQConfig
+) -> tuple[Grid, Tensor, Tensor]:
+    """Run the loop under every candidate grid at once and keep, per row, the one with the least loss.
+
+    Returns:
+        grid [rows], codes [rows, g], E [rows, g].
+    """
+    n, rows = candidates.scales.shape
+    flat = Grid(candidates.scales.flatten(), candidates.zeros.flatten())
+    remaining = w.repeat(n, 1)
+    codes, E = torch.empty_like(remaining), torch.empty_like(remaining)
+    for first in range(0, w.shape[1], config.block_size):
+        span = slice(first, min(first + config.block_size, w.shape[1]))
+        widths = [(flat, bits)] * (span.stop - first)
+        codes[:, span], E[:, span] = _quantize_block(remaining[:, span], U[span, span], widths)
+        remaining[:, span.stop :] -= E[:, span] @ U[span, span.stop :]
+    pick = E.square().sum(1).reshape(n, rows).argmin(0, keepdim=True)  # the first of equals: the metric's favourite
+    grid = Grid(candidates.scales.gather(0, pick)[0], candidates.zeros.gather(0, pick)[0])
+    row = pick[0] * rows + torch.arange(rows, device=w.device)
+    return grid, codes[row], E[row]
 
 
 def _solve_columns(
@@ -148,7 +178,7 @@ def _solve_columns(
         span = slice(first, last)
         groups = (perm[span] // group_size).tolist()
         widths = [(grids[group], bits[group]) for group in groups]
-        codes[:, perm[span]], E = _quantize_block(remaining[:, span].clone(), U[span, span], widths)
+        codes[:, perm[span]], E = _quantize_block(remaining[:, span], U[span, span], widths)
         remaining[:, last:] -= E @ U[span, last:]
         loss += E.square().sum().item()
     return codes, grids, loss
@@ -158,13 +188,13 @@ def _quantize_block(block: Tensor, U: Tensor, widths: list[tuple[Grid, int]]) ->
     """Column by column with compensation inside the block.
 
     Args:
-        block: [out, n], overwritten. U: [n, n]. widths: grid and bits of each column.
+        block: [out, n]. U: [n, n]. widths: grid and bits of each column.
 
     Returns:
         codes [out, n] as floats, E [out, n] with E[:, c] = (w_c - q_c) / U[c, c].
     """
     # Work on the transpose: a column becomes a contiguous row, four times faster on a CPU.
-    columns = block.t().contiguous()
+    columns = block.t().clone(memory_format=torch.contiguous_format)
     codes = torch.empty_like(columns)
     errors = torch.empty_like(columns)
     diagonal = U.diagonal().tolist()

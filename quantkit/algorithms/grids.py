@@ -115,6 +115,37 @@ def hessian(weight: Tensor, bits: int, symmetric: bool, metric: Tensor) -> Grid:
     return _search(weight, bits, symmetric, _HESSIAN_FACTORS, offsets, lambda e: (e @ metric).square_().sum(-1))
 
 
+def hessian_shortlist(weight: Tensor, bits: int, symmetric: bool, metric: Tensor, n: int) -> Grid:
+    """The ``n`` best candidates of `hessian` per row, best first: Grid of [n, rows].
+
+    The metric rates plain rounding inside the group. A solver that compensates inside the group as well can try each of
+    a few and keep what is best for itself.
+    """
+    if bits == 1:
+        return Grid(*(part.unsqueeze(0) for part in hessian(weight, bits, symmetric, metric)))
+    lo, hi = _range(weight, symmetric)
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    step = max(1, _SCRATCH_BYTES // (8 * weight.numel()))
+    for start in range(0, len(_HESSIAN_FACTORS), step):
+        factor = torch.tensor(_HESSIAN_FACTORS[start : start + step], dtype=weight.dtype, device=weight.device)
+        base = _grid_of_range(factor.unsqueeze(-1) * lo, factor.unsqueeze(-1) * hi, bits, symmetric)
+        for offset in (0,) if symmetric else (0, -1, 1):
+            zeros = base.zeros if symmetric else (base.zeros + offset).clamp_(0, 2**bits - 1)
+            grid = Grid(base.scales, zeros)
+            losses = (dequantize(quantize(weight, grid, bits), grid).sub_(weight) @ metric).square_().sum(-1)
+            kept = [_best(n, *kept, (losses, grid.scales, zeros))]
+    _, scales, zeros = kept[0]
+    return Grid(scales, zeros)
+
+
+def _best(n: int, *parts: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The n least losses per row of all parts, with their scales and zeros."""
+    losses, scales, zeros = (torch.cat(column) for column in zip(*parts, strict=True))
+    losses, index = losses.sort(dim=0, stable=True)
+    index = index[:n]
+    return losses[:n], scales.gather(0, index), zeros.gather(0, index)
+
+
 def sqc(weight: Tensor, bits: int, symmetric: bool, metric: Tensor, salient_weight: float = 1.0) -> Grid:
     """SliM-LLM's salience-weighted search over 0.9 .. 1.1 of the range.
 
@@ -202,4 +233,5 @@ def _fit_line(slope: Tensor, intercept: Tensor, target: Tensor) -> tuple[Tensor,
     return (st * ii - it * si) / determinant, (it * ss - st * si) / determinant
 
 
+SHORTLISTS = {hessian: hessian_shortlist}  # grids that can offer several candidates to a compensating solver
 GRIDS: dict[str, GridFit] = {"minmax": minmax, "mse": mse, "sqc": sqc, "hessian": hessian}
