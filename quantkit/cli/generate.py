@@ -9,7 +9,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from quantkit.cli.options import Debug, Device, Json, LoadDtype, Model, Seed
-from quantkit.cli.screen import duration, note, print_json, quiet_libraries
+from quantkit.cli.screen import busy, duration, note, print_json, quiet_libraries
 from quantkit.errors import RequestError
 
 Prompt = Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What the model continues.")]
@@ -55,7 +55,7 @@ def _load(model: str, device: str, dtype: str | None) -> tuple[Any, Any]:
 
     if dtype is None and (device == "cpu" or (device == "auto" and not torch.cuda.is_available())):
         dtype = "float32"  # half precision is slow on a CPU
-    note(f"loading {model}")
+    busy(f"loading {model}")
     tokenizer = load_tokenizer(model)  # first: it is small, and without it the weights are of no use
     return load(model, device=device, dtype=dtype), tokenizer
 

@@ -16,12 +16,10 @@ from quantkit.cli.evaluate import evaluate
 from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
 from quantkit.cli.methods import methods
-from quantkit.cli.options import DEBUG_KEY
+from quantkit.cli.options import DEBUG_KEY, INTERRUPTED
 from quantkit.cli.quantize import quantize
 from quantkit.cli.screen import note, show_error
 from quantkit.errors import QuantkitError
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 class Verbs(TyperGroup):
@@ -107,4 +105,6 @@ app.command(epilog='Example: quantkit generate demo --prompt "def main():"')(gen
 
 def main() -> None:
     """The entry point of the command ``quantkit``."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of data sets and tasks; read when tqdm is imported
     app()

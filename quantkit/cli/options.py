@@ -10,6 +10,7 @@ import typer
 from quantkit.errors import RequestError
 
 ADVANCED = "Advanced options"
+INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells count
 DEBUG_KEY = "quantkit.debug"  # in the context's meta, which nested contexts share
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
-from quantkit.cli.screen import duration
+from quantkit.cli.screen import duration, is_terminal
 from quantkit.pipeline import Listener
 from quantkit.pipeline.request import ModuleReport
 
@@ -17,16 +20,23 @@ WindowsDone = Callable[[str, int, int], None]  # (text, windows done, windows in
 
 
 class RunProgress(Listener):
-    """Counts blocks, and says in lines how far a run is."""
+    """Counts blocks and says in lines how far a run is. A context manager: leaving it takes down what is on screen."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, title: str) -> None:
+        self.console, self.title = console, title
         self.n_blocks = self.n_finished = 0
         self._seconds: list[float] = []  # of the blocks of this run
         self._reports: list[ModuleReport] = []  # of the block in hand
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        pass
+
     def started(self, n_blocks: int, n_resumed: int) -> None:
         self.n_blocks, self.n_finished = n_blocks, n_resumed
+        self.note(self.title)
         if n_resumed:
             self.note(f"resuming: {n_resumed} of {n_blocks} blocks are finished already")
 
@@ -57,54 +67,50 @@ class RunProgress(Listener):
         if not n_left:
             return "writing the folder"
         if not self._seconds:
-            return "estimating the time left"
+            return "calibrating"
         return f"{duration(n_left * sum(self._seconds) / len(self._seconds))} left"
 
 
 class BarProgress(RunProgress):
     """The same as two bars: blocks, and the linears of the block in hand."""
 
-    def __init__(self, console: Console, bars: Progress) -> None:
-        super().__init__(console)
-        self.bars = bars
-        self.blocks = bars.add_task("reading the model", total=None, status="")
-        self.linears: TaskID | None = None
+    def __init__(self, console: Console, title: str) -> None:
+        super().__init__(console, title)
+        self.bars = _bars(console)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __exit__(self, *raised: object) -> None:
+        self.bars.stop()
 
     def started(self, n_blocks: int, n_resumed: int) -> None:
         super().started(n_blocks, n_resumed)
-        self.bars.update(
-            self.blocks, description="blocks", total=n_blocks, completed=n_resumed, status=self.remaining()
-        )
+        for name, total in (("blocks", n_blocks), ("linears", 0)):
+            self.tasks[name] = self.bars.add_task(name, total=total, status="")
+        self.bars.update(self.tasks["blocks"], completed=n_resumed, status=self.remaining())
+        self.bars.start()  # only now: a download before it shows bars of its own
 
     def block_started(self, index: int, n_linears: int) -> None:
         super().block_started(index, n_linears)
-        if self.linears is not None:
-            self.bars.remove_task(self.linears)
-        self.linears = self.bars.add_task("linears", total=n_linears, status="calibrating")
+        self.bars.update(self.tasks["linears"], total=n_linears, completed=0, status="calibrating")
 
     def linear_done(self, report: ModuleReport) -> None:
         super().linear_done(report)
-        assert self.linears is not None
-        self.bars.update(self.linears, advance=1, status=f"{report.name}: relative error {report.relative_error:.4f}")
+        name = re.sub(r"^.*?\.\d+\.", "", report.name)  # the block's number is on the other bar
+        self.bars.update(self.tasks["linears"], advance=1, status=f"{name} error {report.relative_error:.4f}")
 
     def show_block(self, seconds: float) -> None:
-        self.bars.update(self.blocks, completed=self.n_finished, status=self.remaining())
+        self.bars.update(self.tasks["blocks"], completed=self.n_finished, status=self.remaining())
 
 
-@contextmanager
-def run_progress(console: Console) -> Iterator[RunProgress]:
-    """A listener for `quantkit.pipeline.run`."""
-    if not _is_terminal(console):
-        yield RunProgress(console)
-        return
-    with _bars(console) as bars:
-        yield BarProgress(console, bars)
+def run_progress(console: Console, title: str) -> RunProgress:
+    """A listener for `quantkit.pipeline.run`; ``title`` is said when the run begins."""
+    return BarProgress(console, title) if is_terminal(console) else RunProgress(console, title)
 
 
 @contextmanager
 def window_progress(console: Console) -> Iterator[WindowsDone]:
     """A callback for `quantkit.evaluation.evaluate`: a bar for each text, or a line at its end."""
-    if not _is_terminal(console):
+    if not is_terminal(console):
         began = time.perf_counter()
 
         def say(name: str, done: int, total: int) -> None:
@@ -124,11 +130,7 @@ def window_progress(console: Console) -> Iterator[WindowsDone]:
         yield show
 
 
-def _is_terminal(console: Console) -> bool:
-    """Asks the file: FORCE_COLOR makes Rich believe in a terminal where a log file is."""
-    return console.file.isatty() and not console.is_dumb_terminal
-
-
 def _bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
-    return Progress(*columns, console=console, transient=True)
+    status = TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True, ratio=1))
+    columns = (TextColumn("{task.description:7}"), BarColumn(24), MofNCompleteColumn(), status)
+    return Progress(*columns, console=console, transient=True, expand=True)

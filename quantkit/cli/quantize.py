@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.algorithms.registry import METHODS
-from quantkit.cli.options import ADVANCED, Debug, Device, Json, Model, Seed, parse_bits, parse_bytes
-from quantkit.cli.screen import duration, note, notes, print_json, print_pairs, quiet_libraries, results, size, table
+from quantkit.cli.options import ADVANCED, INTERRUPTED, Debug, Device, Json, Model, Seed, parse_bits, parse_bytes
+from quantkit.cli.screen import (
+    busy,
+    duration,
+    note,
+    notes,
+    print_json,
+    print_pairs,
+    quiet_libraries,
+    results,
+    size,
+    table,
+)
 from quantkit.recipe import Recipe, resolve
 
 if TYPE_CHECKING:
@@ -152,13 +163,15 @@ def _run(request: QuantizeRequest, as_json: bool) -> None:
     from quantkit.cli.progress import run_progress
     from quantkit.pipeline import run
 
-    with quiet_libraries(), run_progress(notes()) as progress:
-        note(f"{request.recipe.method}, {request.recipe.bits} bits: {request.model} -> {request.output}")
-        try:
+    recipe = request.recipe
+    progress = run_progress(notes(), f"{recipe.method}, {recipe.bits} bits: {request.model} -> {request.output}")
+    try:
+        with quiet_libraries(), progress:
+            busy(f"reading {request.model}")
             result = run(request, progress)
-        except KeyboardInterrupt:
-            note(_how_to_resume(progress))
-            raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        note(_how_to_resume(progress))
+        raise typer.Exit(INTERRUPTED) from None
     if as_json:
         print_json(result.to_json())
     else:

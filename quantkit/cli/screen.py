@@ -39,6 +39,17 @@ def note(text: str) -> None:
     notes().print(text, soft_wrap=True)
 
 
+def busy(text: str) -> None:
+    """What is going on, for someone who watches; a log needs no such line."""
+    if is_terminal(notes()):
+        note(f"{text} ...")
+
+
+def is_terminal(console: Console) -> bool:
+    """Asks the file: FORCE_COLOR makes Rich believe in a terminal where a log file is."""
+    return console.file.isatty() and not console.is_dumb_terminal
+
+
 def show_error(message: str) -> None:
     """``error: ...`` on stderr, always one line."""
     line = " ".join(message.split("\n"))
@@ -102,11 +113,13 @@ def quiet_libraries() -> Iterator[None]:
 
     hub: Any = import_module("huggingface_hub.utils")  # its functions are re-exported implicitly, which mypy refuses
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_verbosity = hub.logging.get_verbosity()
     had_download_bars = not hub.are_progress_bars_disabled()
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         if not sys.warnoptions:  # python -W and PYTHONWARNINGS still show them
             warnings.simplefilter("ignore")
         logging.set_verbosity_error()
+        hub.logging.set_verbosity_error()
         logging.disable_progress_bar()  # and the hub's with it
         if had_download_bars and sys.stderr.isatty():
             hub.enable_progress_bars()
@@ -114,6 +127,7 @@ def quiet_libraries() -> Iterator[None]:
             yield
         finally:
             logging.set_verbosity(verbosity)
+            hub.logging.set_verbosity(hub_verbosity)
             if had_bars:
                 logging.enable_progress_bar()
             if had_download_bars:
