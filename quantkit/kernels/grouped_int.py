@@ -20,13 +20,17 @@ The codes stay in plane order; x is brought into the same order once, which cost
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import gcd
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import RequestError
 from quantkit.formats.grouped_int import GroupedIntSpec, stored_zeros
+from quantkit.kernels.planar import from_planar
+from quantkit.kernels.planar_matmul import planar_matmul
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE_BYTES = 2 << 20  # float32 tile of decoded weights while few rows of x share it: stays in the L2 of two cores
@@ -41,11 +45,14 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
     Args:
         x: float32, bfloat16 or float16 ``[..., in_features]``, on the device of the tensors.
         spec: shape and widths of the packed weight.
-        tensors: the stored tensors of ``spec.tensor_layout()``.
+        tensors: the stored tensors of ``spec.tensor_layout()``, or what `planar.to_planar` made of them.
         bias: ``[out_features]`` or None.
 
     Returns:
-        ``[..., out_features]`` in ``x.dtype``; products and sums are float32.
+        ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
+        device, with float32 products. Planar tensors on a GPU are multiplied by Triton kernels: exact products of
+        float16 or bfloat16 activations for up to 64 rows of x, and above (or in float32) products with the weight
+        rounded to the dtype of x.
 
     Raises:
         RequestError: wrong last dimension or dtype of ``x``.
@@ -55,8 +62,23 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
     if x.dtype not in _DTYPES:
         raise RequestError(f"grouped_int: x is {x.dtype}; use float32, bfloat16 or float16")
     rows = x.reshape(-1, spec.in_features)
-    product = matmul_reference(rows, spec, tensors, bias)
-    return product.reshape(*x.shape[:-1], spec.out_features)
+    segments = [number for segment in spec.segments for number in segment]
+    shape = (spec.out_features, spec.group_size, segments, spec.symmetric)
+    if "planar" in tensors:
+        product = torch.ops.quantkit.grouped_int_planar_matmul(
+            rows,
+            tensors["planar"],
+            tensors["planar_scales"],
+            tensors.get("planar_zeros"),
+            tensors.get("planar_order"),
+            tensors["counters"],
+            bias,
+            *shape,
+        )
+    else:
+        stored = [tensors[name] for name in spec.tensor_layout()]
+        product = torch.ops.quantkit.grouped_int_matmul(rows, stored, bias, *shape)
+    return cast(Tensor, product).reshape(*x.shape[:-1], spec.out_features)
 
 
 def matmul_reference(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -163,3 +185,75 @@ def _as_words(packed: Tensor, dtype: torch.dtype, n_bytes: int) -> Tensor:
         padded[:, : packed.shape[1]] = packed
         packed = padded
     return packed.view(dtype)
+
+
+@lru_cache(maxsize=1024)
+def _spec(out_features: int, group_size: int, segments: tuple[int, ...], symmetric: bool) -> GroupedIntSpec:
+    pairs = tuple(zip(segments[::2], segments[1::2], strict=True))
+    return GroupedIntSpec(
+        out_features=out_features,
+        in_features=group_size * sum(segments[1::2]),
+        group_size=group_size,
+        segments=pairs,
+        symmetric=symmetric,
+    )
+
+
+def _stored_op(
+    x: Tensor,
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    segments: list[int],
+    symmetric: bool,
+) -> Tensor:
+    spec = _spec(out_features, group_size, tuple(segments), symmetric)
+    return matmul_reference(x, spec, dict(zip(spec.tensor_layout(), tensors, strict=True)), bias)
+
+
+def _planar_op(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    counters: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+    segments: list[int],
+    symmetric: bool,
+) -> Tensor:
+    spec = _spec(out_features, group_size, tuple(segments), symmetric)
+    tensors = {"planar": words, "planar_scales": scales, "counters": counters}
+    if zeros is not None:
+        tensors["planar_zeros"] = zeros
+    if order is not None:
+        tensors["planar_order"] = order
+    if x.is_cuda:
+        return planar_matmul(x, spec, tensors, bias)
+    return matmul_reference(x, spec, from_planar(spec, tensors), bias)
+
+
+def _fake_op(x: Tensor, *arguments: Any) -> Tensor:
+    out_features = arguments[-4]
+    return x.new_empty(x.shape[0], out_features)
+
+
+# Operators, so that torch.compile keeps the calls as they are and CUDA graphs record them. `counters` is scratch whose
+# value a call does not change, hence not declared as mutated. Plain Library: half the dispatch cost of custom_op.
+_LIBRARY = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
+_SHAPE = "Tensor? bias, int out_features, int group_size, int[] segments, bool symmetric) -> Tensor"
+_OPERATORS = {
+    "grouped_int_matmul": ("Tensor x, Tensor[] tensors", _stored_op),
+    "grouped_int_planar_matmul": (
+        "Tensor x, Tensor words, Tensor scales, Tensor? zeros, Tensor? order, Tensor counters",
+        _planar_op,
+    ),
+}
+for _name, (_arguments, _function) in _OPERATORS.items():
+    _LIBRARY.define(f"{_name}({_arguments}, {_SHAPE}")  # type: ignore[no-untyped-call]
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _function, _device)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"quantkit::{_name}", _fake_op, lib=_LIBRARY)

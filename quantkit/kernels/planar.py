@@ -1,0 +1,245 @@
+"""planar-16: how a GPU holds `grouped_int` codes in memory, and the exact way back to the stored bytes.
+
+A word is an int16 with E = 16 / bits fields. The columns of a segment are cut into *planes* of W consecutive columns
+(W divides the group size, so a plane has one scale per row), and E planes share the W words of a *block*:
+
+    word j of block B, field e   holds   column  (B * E + e) * W + j,    0 <= j < W
+
+     4 bits   15    12 11     8 7      4 3      0        word 0: columns 0, W, 2W, 3W of the block
+             | plane 3 | plane 2 | plane 1 | plane 0 |   word 1: columns 1, W+1, 2W+1, 3W+1
+
+Neighbouring words hold neighbouring columns: one AND over packed words yields a whole plane as matrix operand, and
+nothing is shuffled. Three bits take three words per 16 columns: word t holds the columns of planes 5t .. 5t+4 at bits
+0, 3, 6, 9, 12, and bit 15 of word t is bit t of plane 15; a block is then W words t=0, W words t=1, W words t=2.
+
+    planar          int16  [words]             segments one after the other; each [rows, blocks * W (* 3)], row-major
+    planar_scales   float16 [groups, rows]     stored group order, as in the file
+    planar_zeros    uint8 or float16 [groups, rows]   only if some zero is not the constant of its width; float16 if
+                                               there is a 1-bit segment
+    planar_order    int16  [groups]            stored to original group, only with several segments
+    counters        int32                      zeros; scratch of the kernel, which leaves zeros behind
+
+``rows`` is out_features rounded up to `ROW_TILE`, blocks are padded with zero codes, ``groups`` covers the padding of
+the last segment: kernels load words, scales and zeros without masks. Widths 5, 6 and 7 become 8-bit planes (their
+stored bytes are restored exactly). Group sizes that are no multiple of 16 have no planar form; such modules keep the
+stored tensors and use the torch twin.
+
+>>> spec = GroupedIntSpec(out_features=1, in_features=64, group_size=16, segments=((4, 4),), symmetric=True)
+>>> codes = torch.arange(64, dtype=torch.uint8).reshape(1, 64) // 4  # plane e of word j: 4 * e + j // 4
+>>> tensors = {"codes_4b": pack_bits(codes, 4), "scales": torch.ones(1, 4, dtype=torch.float16)}
+>>> [f"{word & 0xFFFF:04x}" for word in to_planar(spec, tensors)["planar"][:8].tolist()]
+['c840', 'c840', 'c840', 'c840', 'd951', 'd951', 'd951', 'd951']
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quantkit.formats.grouped_int import GroupedIntSpec, segment_codes, stored_zeros
+from quantkit.formats.packing import pack_bits
+
+ROW_TILE = 64  # rows are padded to this, the largest row tile of any kernel
+MIN_PLANE_WIDTH = 16  # the tensor core takes 16 columns at a time
+_PLANE_WIDTH = {1: 64, 2: 64, 3: 64, 4: 128, 8: 128}  # preferred W; benchmarks/bench_grouped_int.py
+_NARROW_WIDTH = 32  # below this loads are short and slow: only where the group size has no larger power of two
+_MAX_PADDING = 1 / 8  # a narrower plane is used where whole blocks of the preferred one would pad more than this
+_CHUNK_BYTES = 1 << 26  # int32 scratch while packing or unpacking
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanarSegment:
+    """Consecutive stored groups that share a planar width, and where their words lie."""
+
+    bits: int  # 1, 2, 3, 4 or 8
+    stored: tuple[tuple[int, int], ...]  # (stored bits, number of groups): several pieces only for 5 to 8 bits
+    first_group: int
+    n_groups: int
+    plane_width: int
+    n_planes: int  # that hold columns; the last block may have more, padded with zero codes
+    n_blocks: int
+    word_offset: int
+    row_words: int
+
+    @property
+    def planes_per_block(self) -> int:
+        return planes_per_block(self.bits)
+
+
+def planes_per_block(bits: int) -> int:
+    return 16 if bits == 3 else 16 // bits
+
+
+def is_planar(spec: GroupedIntSpec) -> bool:
+    """Whether the module has a planar form."""
+    return spec.group_size % MIN_PLANE_WIDTH == 0
+
+
+def padded_rows(spec: GroupedIntSpec) -> int:
+    return -(-spec.out_features // ROW_TILE) * ROW_TILE
+
+
+def padded_groups(spec: GroupedIntSpec) -> int:
+    """Groups that the blocks of any segment reach into; the padding of a segment reads the next one's scales."""
+    reached = [
+        segment.first_group * spec.group_size + segment.n_blocks * segment.planes_per_block * segment.plane_width
+        for segment in planar_segments(spec)
+    ]
+    return -(-max(reached) // spec.group_size)
+
+
+def has_zeros(spec: GroupedIntSpec) -> bool:
+    """Whether ``planar_zeros`` exists: a symmetric 5-bit zero is not the constant of the 8-bit plane that holds it."""
+    return not spec.symmetric or any(4 < bits < 8 for bits, _ in spec.segments)
+
+
+@lru_cache(maxsize=1024)
+def planar_segments(spec: GroupedIntSpec) -> tuple[PlanarSegment, ...]:
+    """Where `to_planar` puts the segments of ``spec``; a function of the spec alone."""
+    assert is_planar(spec)
+    merged: dict[int, list[tuple[int, int]]] = {}
+    for bits, count in spec.segments:
+        merged.setdefault(8 if bits > 4 else bits, []).append((bits, count))
+    segments = []
+    first_group = word_offset = 0
+    for bits, stored in merged.items():
+        n_groups = sum(count for _, count in stored)
+        n_columns = n_groups * spec.group_size
+        width = _plane_width(bits, n_columns, spec.group_size)
+        n_blocks = -(-n_columns // (planes_per_block(bits) * width))
+        row_words = n_blocks * width * (3 if bits == 3 else 1)
+        segment = PlanarSegment(
+            bits=bits,
+            stored=tuple(stored),
+            first_group=first_group,
+            n_groups=n_groups,
+            plane_width=width,
+            n_planes=n_columns // width,
+            n_blocks=n_blocks,
+            word_offset=word_offset,
+            row_words=row_words,
+        )
+        segments.append(segment)
+        first_group += n_groups
+        word_offset += padded_rows(spec) * row_words
+    return tuple(segments)
+
+
+def _plane_width(bits: int, n_columns: int, group_size: int) -> int:
+    """The widest plane that divides the group and pads little; the least padding where every width pads much."""
+    largest = min(_PLANE_WIDTH[bits], group_size & -group_size)
+    widths = [width for width in (128, 64, 32, 16) if width <= largest and (width >= _NARROW_WIDTH or width == largest)]
+    padding = {width: -n_columns % (planes_per_block(bits) * width) for width in widths}
+    fits = [width for width, columns in padding.items() if columns <= _MAX_PADDING * n_columns]
+    return fits[0] if fits else min(padding, key=lambda width: padding[width])
+
+
+def to_planar(spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stored tensors to planar ones, on the same device. Without a planar form the stored tensors are returned.
+
+    Args:
+        spec: shape and widths.
+        tensors: exactly those of ``spec.tensor_layout()``.
+
+    Returns:
+        The tensors of the module docstring; no memory is shared with the arguments.
+    """
+    if not is_planar(spec):
+        return dict(tensors)
+    segments = planar_segments(spec)
+    rows = padded_rows(spec)
+    n_words = segments[-1].word_offset + rows * segments[-1].row_words
+    words = torch.zeros(n_words, dtype=torch.int16, device=tensors["scales"].device)
+    for segment in segments:
+        _fill_segment(_segment_words(words, rows, segment), segment, spec, tensors)
+    padding = (0, padded_groups(spec) - spec.n_groups, 0, rows - spec.out_features)
+    planar = {"planar": words, "planar_scales": pad(tensors["scales"], padding).t().contiguous()}
+    if has_zeros(spec):
+        dtype = torch.float16 if spec.segments[0][0] == 1 else torch.uint8
+        planar["planar_zeros"] = pad(stored_zeros(spec, tensors).to(dtype), padding).t().contiguous()
+    if "group_order" in tensors:
+        planar["planar_order"] = pad(tensors["group_order"], padding[:2])
+    planar["counters"] = torch.zeros(rows // 2, dtype=torch.int32, device=words.device)
+    return planar
+
+
+def from_planar(spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Exact inverse of `to_planar`: the stored tensors, byte for byte."""
+    if not is_planar(spec):
+        return dict(tensors)
+    n_rows = spec.out_features
+    stored: dict[str, Tensor] = {"scales": tensors["planar_scales"][: spec.n_groups, :n_rows].t().contiguous()}
+    for segment in planar_segments(spec):
+        words = _segment_words(tensors["planar"], padded_rows(spec), segment)
+        first_group = 0
+        for bits, count in segment.stored:
+            columns = slice(first_group * spec.group_size, (first_group + count) * spec.group_size)
+            stored[f"codes_{bits}b"] = _pack_columns(words[:n_rows], segment, columns, bits)
+            if not spec.symmetric:
+                group = segment.first_group + first_group
+                zeros = tensors["planar_zeros"][group : group + count].t()[:n_rows].contiguous()
+                stored[f"zeros_{bits}b"] = zeros if bits == 1 else pack_bits(zeros.to(torch.uint8).flatten(), bits)
+            first_group += count
+    if "planar_order" in tensors:
+        stored["group_order"] = tensors["planar_order"][: spec.n_groups]
+    return {name: stored[name] for name in spec.tensor_layout()}
+
+
+def _segment_words(words: Tensor, rows: int, segment: PlanarSegment) -> Tensor:
+    """A segment's words as a view ``[rows, row_words]``."""
+    return words[segment.word_offset :][: rows * segment.row_words].view(rows, segment.row_words)
+
+
+def _row_chunks(n_rows: int, n_columns: int) -> list[slice]:
+    step = max(1, _CHUNK_BYTES // (4 * n_columns))
+    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+
+
+def _fill_segment(words: Tensor, segment: PlanarSegment, spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> None:
+    """Write the codes of a segment into ``words`` [rows, row_words]."""
+    pieces = [segment_codes(spec, tensors, bits) for bits, _ in segment.stored]
+    n_columns = segment.n_blocks * segment.planes_per_block * segment.plane_width
+    for rows in _row_chunks(spec.out_features, n_columns):
+        codes = torch.cat([piece[rows] for piece in pieces], dim=1)
+        codes = pad(codes, (0, n_columns - codes.shape[1]))
+        planes = codes.view(len(codes), segment.n_blocks, segment.planes_per_block, segment.plane_width)
+        words[rows] = _words_from_planes(planes.to(torch.int32), segment.bits).flatten(1).to(torch.int16)
+
+
+def _words_from_planes(planes: Tensor, bits: int) -> Tensor:
+    """int32 ``[rows, blocks, E, W]`` to words ``[rows, blocks, W]`` (3 bits: ``[rows, blocks, 3, W]``)."""
+    if bits != 3:
+        shifts = torch.arange(planes.shape[2], device=planes.device, dtype=torch.int32)[:, None] * bits
+        return torch.sum(planes << shifts, 2, dtype=torch.int32)
+    shifts = torch.arange(5, device=planes.device, dtype=torch.int32)[:, None] * 3
+    thirds = planes[:, :, :15].reshape(*planes.shape[:2], 3, 5, -1)
+    low = torch.sum(thirds << shifts, 3, dtype=torch.int32)
+    part = torch.arange(3, device=planes.device, dtype=torch.int32)[:, None]
+    return low | ((planes[:, :, 15:] >> part & 1) << 15)
+
+
+def _planes_from_words(words: Tensor, bits: int) -> Tensor:
+    """Inverse of `_words_from_planes`: int32 words to uint8 codes ``[rows, blocks, E, W]``."""
+    if bits != 3:
+        shifts = torch.arange(0, 16, bits, device=words.device, dtype=torch.int32)[:, None]
+        return (words.unsqueeze(2) >> shifts & (1 << bits) - 1).to(torch.uint8)
+    shifts = torch.arange(0, 15, 3, device=words.device, dtype=torch.int32)[:, None]
+    low = (words.unsqueeze(3) >> shifts & 7).flatten(2, 3)
+    part = torch.arange(3, device=words.device, dtype=torch.int32)[:, None]
+    top = ((words >> 15 & 1) << part).sum(2, keepdim=True, dtype=torch.int32)
+    return torch.cat([low, top], dim=2).to(torch.uint8)
+
+
+def _pack_columns(words: Tensor, segment: PlanarSegment, columns: slice, bits: int) -> Tensor:
+    """The bit stream ``[rows, bytes]`` of some columns of a segment."""
+    parts = (3,) if segment.bits == 3 else ()
+    packed = []
+    for rows in _row_chunks(len(words), segment.n_blocks * segment.planes_per_block * segment.plane_width):
+        chunk = words[rows].to(torch.int32) & 0xFFFF
+        planes = _planes_from_words(chunk.view(len(chunk), -1, *parts, segment.plane_width), segment.bits)
+        packed.append(pack_bits(planes.flatten(1)[:, columns], bits))
+    return torch.cat(packed)
