@@ -107,7 +107,8 @@ def _static_grids(
     for group, width in enumerate(bits):
         columns = slice(group * group_size, (group + 1) * group_size)
         H_gg = H[columns, columns] + torch.diag((damping * H.diagonal().mean()).expand(group_size))
-        grids.append(grid_fit(W[:, columns], width, symmetric, torch.linalg.cholesky(H_gg)))
+        # float64, like the factor: what is positive definite there may fail to be in float32.
+        grids.append(grid_fit(W[:, columns], width, symmetric, torch.linalg.cholesky(H_gg.double()).to(W.dtype)))
     return grids
 
 
@@ -127,7 +128,9 @@ def _solve_groups(
         metric = torch.linalg.solve_triangular(U[start:stop, start:stop], identity, upper=True)
         span = slice(start, stop)
         candidates = _candidates(remaining[:, span], bits[group], symmetric, metric, grid_fit, config.shortlist)
-        grids[group], group_codes, E = _quantize_group(remaining[:, span], U[span, span], candidates, bits[group], config)
+        grids[group], group_codes, E = _quantize_group(
+            remaining[:, span], U[span, span], candidates, bits[group], config
+        )
         codes[:, perm[span]] = group_codes
         remaining[:, stop:] -= E @ U[span, stop:]
         loss += E.square().sum().item()

@@ -14,6 +14,12 @@ from quantkit.errors import NotPositiveDefiniteError, NumericalError
 _RETRIES = 10
 
 
+def check_finite(hessian: Tensor) -> None:
+    """Raise `NumericalError` when the Hessian holds NaN or Inf; no damping cures that."""
+    if not torch.isfinite(hessian).all():
+        raise NumericalError("the Hessian holds NaN or Inf: calibration activations overflowed; use --dtype float32")
+
+
 def without_dead_columns(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """Decouple input channels that were never active (``H[c, c] == 0``).
 
@@ -22,15 +28,15 @@ def without_dead_columns(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tenso
         hessian: float ``[in, in]``.
 
     Returns:
-        (weight, hessian), copies: dead columns of the weight are 0 (they multiply zeros, and 0 is on every integer
-        grid), their diagonal is the mean of the live ones, so that they change neither factor nor damping.
+        (weight, hessian), the arguments themselves if no column is dead. Dead columns of the weight become 0 (they
+        multiply zeros, and 0 is on every integer grid), their diagonal the mean of the live ones, so that they change
+        neither factor nor damping.
 
     Raises:
         NumericalError: the Hessian holds NaN or Inf (activations overflowed).
     """
+    check_finite(hessian)
     diagonal = hessian.diagonal()
-    if not torch.isfinite(hessian).all():
-        raise NumericalError("the Hessian holds NaN or Inf: calibration activations overflowed; use --dtype float32")
     dead = diagonal <= 0
     if not dead.any():
         return weight, hessian
@@ -80,5 +86,6 @@ def damped_inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, floa
             return factor, fraction
         fraction = max(2 * fraction, 1e-4)
     raise NotPositiveDefiniteError(
-        f"the Hessian is not positive definite at damping {fraction / 2:g}; use more calibration text or --set damping=1"
+        f"the Hessian is not positive definite at damping {fraction / 2:g}; "
+        "use more calibration text or --set damping=1"
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quantkit.algorithms.grids import GridFit, dequantize, quantize
+from quantkit.algorithms.hessian import check_finite
 from quantkit.errors import NumericalError
 from quantkit.formats.grouped_int import GroupedInt
 
@@ -22,13 +23,15 @@ def rtn(
         bits: width of each group of ``in_features // len(bits)`` neighbouring columns.
         symmetric: zero fixed at the middle of the grid.
         grid_fit: one of `quantkit.algorithms.grids.GRIDS`.
-        hessian: float32 ``[in_features, in_features]``, the metric of ``grid=hessian``; without it all inputs count alike.
+        hessian: float32 ``[in_features, in_features]``, the metric of ``grid=hessian``; None: all inputs count alike.
 
     Raises:
-        NumericalError: NaN or Inf in the weight.
+        NumericalError: NaN or Inf in the weight or the Hessian.
     """
     if not torch.isfinite(weight).all():
         raise NumericalError("the weight holds NaN or Inf; the checkpoint is damaged")
+    if hessian is not None:
+        check_finite(hessian)
     group_size = weight.shape[1] // len(bits)
     codes, scales, zeros = [], [], []
     for group, width in enumerate(bits):
@@ -51,8 +54,10 @@ def _metric(hessian: Tensor | None, columns: slice, weight: Tensor) -> Tensor:
     if hessian is None:
         return torch.eye(size, dtype=weight.dtype, device=weight.device)
     block = hessian[columns, columns]
-    ridge = max(float(block.diagonal().mean()), float(hessian.diagonal().mean()) * 1e-6, 1e-12)
-    return torch.linalg.cholesky((block + ridge * _DAMPING * torch.eye(size, device=block.device)).double()).to(weight.dtype)
+    # Relative to the group's inputs; to all inputs if the group's were never active; to 1 if none was.
+    ridge = max(float(block.diagonal().mean()), float(hessian.diagonal().mean()) * 1e-6) or 1.0
+    identity = torch.eye(size, dtype=torch.float64, device=block.device)
+    return torch.linalg.cholesky(block.double() + ridge * _DAMPING * identity).to(weight.dtype)
 
 
 def fake_quantize(weight: Tensor, bits: int, group_size: int, grid_fit: GridFit) -> Tensor:

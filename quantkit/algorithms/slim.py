@@ -99,7 +99,9 @@ def _output_errors(errors: dict[int, Tensor], H: Tensor, order: Tensor, config: 
     for k in range(n_groups // 2 + 1):
         widths = widths_for(order, k, config.bits)
         members = {b: torch.tensor([width == b for width in widths], device=H.device).to(H) for b in errors}
-        candidates.append(sum((members[a] @ tables[a, b] @ members[b] for a in errors for b in errors), H.new_zeros(())))
+        candidates.append(
+            sum((members[a] @ tables[a, b] @ members[b] for a in errors for b in errors), H.new_zeros(()))
+        )
     return torch.stack(candidates)
 
 
