@@ -253,5 +253,6 @@ def _fit_line(slope: Tensor, intercept: Tensor, target: Tensor) -> tuple[Tensor,
     return a, b
 
 
-SHORTLISTS = {hessian: hessian_shortlist}  # grids that can offer several candidates to a compensating solver
+# Grids that can offer several candidates to a compensating solver.
+SHORTLISTS: dict[GridFit, Callable[[Tensor, int, bool, Tensor, int], Grid]] = {hessian: hessian_shortlist}
 GRIDS: dict[str, GridFit] = {"minmax": minmax, "mse": mse, "sqc": sqc, "hessian": hessian}

@@ -63,7 +63,8 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     flipped = hessian.to(torch.float64).flip(0, 1)
     upper = torch.linalg.cholesky(flipped).flip(0, 1)  # H = R R^T, R upper
     identity = torch.eye(hessian.shape[0], dtype=torch.float64, device=hessian.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True).to(hessian.dtype)
+    factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return factor.to(hessian.dtype)
 
 
 def damped_inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -79,7 +80,7 @@ def damped_inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, floa
     for _ in range(_RETRIES):
         try:
             factor = inverse_factor(damped(hessian, fraction))
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             fraction = max(2 * fraction, 1e-4)
             continue
         if torch.isfinite(factor).all():

@@ -57,7 +57,8 @@ def _metric(hessian: Tensor | None, columns: slice, weight: Tensor) -> Tensor:
     # Relative to the group's inputs; to all inputs if the group's were never active; to 1 if none was.
     ridge = max(float(block.diagonal().mean()), float(hessian.diagonal().mean()) * 1e-6) or 1.0
     identity = torch.eye(size, dtype=torch.float64, device=block.device)
-    return torch.linalg.cholesky(block.double() + ridge * _DAMPING * identity).to(weight.dtype)
+    factor: Tensor = torch.linalg.cholesky(block.double() + ridge * _DAMPING * identity)
+    return factor.to(weight.dtype)
 
 
 def fake_quantize(weight: Tensor, bits: int, group_size: int, grid_fit: GridFit) -> Tensor:
