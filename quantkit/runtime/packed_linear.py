@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -81,8 +82,8 @@ class PackedLinear(nn.Module):
             self._replace_buffers(self.stored_tensors(), persistent=True)
 
     def use_device_form(self) -> None:
-        """The form that runs where the tensors are: planar on CUDA, stored elsewhere."""
-        if self.get_buffer(self.packed_names[0]).is_cuda:
+        """The form that runs where the tensors are: planar on CUDA, stored elsewhere and without Triton."""
+        if self.get_buffer(self.packed_names[0]).is_cuda and find_spec("triton") is not None:
             self.use_planar_form()
         else:
             self.use_stored_form()
