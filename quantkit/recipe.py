@@ -9,7 +9,7 @@ Everything is checked here, before any tensor is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,15 @@ from quantkit.errors import FileError, RequestError, did_you_mean
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "allocator": tuple(ALLOCATORS),
+    "granularity": ("block", "linear"),
+    "entropy": ("kmeans", "histogram"),
     "grid": tuple(GRID_CHOICES),
     "solver": tuple(SOLVERS),
     "act_order": ("none", "group", "full"),
     "criterion": ("mse", "kl"),
 }
+_OPTIONAL: dict[str, type] = {"bits": float, "bpw": float, "group_size": int, "lo": int, "hi": int}  # may be null
+_LINEAR_ALLOCATORS = ("zd", "error", "random")  # those that can tell the linears of a block apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +36,18 @@ class Recipe:
     """Resolved settings. Every field can be given as ``--set FIELD=VALUE`` or in a YAML file."""
 
     method: str = field(default="gptq", metadata={"help": "name the settings started from"})
-    bits: int = field(default=4, metadata={"help": "bits per weight, 1 to 8 (the average, for mixed widths)"})
+    bits: float = field(default=4, metadata={"help": "bits per weight, 1 to 8 (the average, for mixed widths)"})
+    bpw: float | None = field(default=None, metadata={"help": "stored bits per weight at most, instead of bits"})
     group_size: int | None = field(default=128, metadata={"help": "input columns per scale; 0: one scale per row"})
     symmetric: bool = field(default=False, metadata={"help": "zero fixed at the middle of the grid, not stored"})
     allocator: str = field(default="uniform", metadata={"help": "who gets how many bits"})
+    lo: int | None = field(default=None, metadata={"help": "the lower width of an allocator; none: the next below"})
+    hi: int | None = field(default=None, metadata={"help": "the higher width of an allocator; none: the next above"})
+    granularity: str = field(default="block", metadata={"help": "what an allocator gives widths to: block or linear"})
+    tie: bool = field(default=False, metadata={"help": "equal bits for q/k/v, for gate/up, and for all experts"})
+    reverse: bool = field(default=False, metadata={"help": "a control: the least important ones get the higher width"})
+    entropy: str = field(default="kmeans", metadata={"help": "luq: kmeans, or histogram (cheaper)"})
+    two_sided: bool = field(default=False, metadata={"help": "zd: count weights far below the mean too"})
     grid: str = field(default="auto", metadata={"help": "how scales and zeros are chosen"})
     solver: str = field(default="gptq", metadata={"help": "how codes are chosen"})
     damping: float = field(default=0.01, metadata={"help": "added to diag(H), as a fraction of its mean"})
@@ -51,6 +63,8 @@ class Recipe:
         low, high = METHODS[self.method].bits if self.method in METHODS else (1, 8)
         if not 1 <= self.bits <= 8:
             raise RequestError(f"bits must be 1 to 8, not {self.bits}")
+        if self.bits == int(self.bits):
+            object.__setattr__(self, "bits", int(self.bits))  # 2.0 is 2, in JSON and in names too
         if not low <= self.bits <= high:
             raise RequestError(f"{self.method} works at {low} to {high} bits, not {self.bits}")
         if self.group_size is not None and self.group_size < 1:
@@ -58,6 +72,7 @@ class Recipe:
         if not 0 <= self.damping <= 100:
             raise RequestError(f"damping is a fraction of mean(diag(H)), 0 to 100, not {self.damping:g}")
         self._check_combination()
+        self._check_widths()
 
     def _check_combination(self) -> None:
         if self.allocator == "sba" and not 2 <= self.bits <= 7:
@@ -69,6 +84,51 @@ class Recipe:
         if self.act_order != "none" and self.solver == "rtn":
             raise RequestError("act_order orders the compensation of errors; solver=rtn compensates none")
 
+    def _check_widths(self) -> None:
+        if not self.mixes_widths:
+            budget = f"--bpw {self.bpw:g}" if self.bpw is not None else f"--bits {self.bits}"
+            if self.bpw is not None or self.bits != int(self.bits):
+                raise RequestError(
+                    f"{budget} needs an allocator: allocator={self.allocator} gives every layer the same whole number "
+                    "of bits on average; use --method layerwise, or --set allocator=lim, zd, luq or error"
+                )
+            for name in ("lo", "hi", "reverse"):
+                if getattr(self, name):
+                    raise RequestError(f"{name} is a setting of the allocators lim, zd, luq, error and random")
+            return
+        lo, hi = self.lo or 1, self.hi or 8
+        if not 1 <= lo < hi <= 8:
+            raise RequestError(f"lo and hi are widths from 1 to 8, lo below hi, not {lo} and {hi}")
+        if self.bpw is None and not lo <= self.bits <= hi:
+            raise RequestError(f"an average of {self.bits} bits does not lie between lo={lo} and hi={hi}")
+        if self.granularity == "linear" and self.allocator not in _LINEAR_ALLOCATORS:
+            raise RequestError(
+                f"allocator={self.allocator} scores what enters and leaves whole blocks; "
+                f"with granularity=linear use allocator={' or '.join(_LINEAR_ALLOCATORS)}"
+            )
+        if self.reverse and self.allocator == "error":
+            raise RequestError("reverse turns a ranking around; allocator=error weighs losses against bytes instead")
+
+    @property
+    def mixes_widths(self) -> bool:
+        """Blocks or linears get different widths under a budget (inside a linear the width is constant)."""
+        return self.allocator not in ("uniform", "sba")
+
+    @property
+    def width(self) -> int:
+        """The whole number of bits of a linear; of a recipe that mixes widths, take that of `at`."""
+        assert self.bits == int(self.bits)
+        return int(self.bits)
+
+    def at(self, bits: int) -> Recipe:
+        """The recipe of one linear, once an allocator has given it a width."""
+        return replace(self, method="", bits=bits, bpw=None, allocator="uniform", lo=None, hi=None, reverse=False)
+
+    @property
+    def budget_name(self) -> str:
+        """``3 bits``, ``2.5 bits`` or ``2.8 bpw``."""
+        return f"{self.bits} bits" if self.bpw is None else f"{self.bpw:g} bpw"
+
     @property
     def grid_name(self) -> str:
         """The grid with ``auto`` resolved."""
@@ -78,16 +138,18 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        return self.solver != "rtn" or self.allocator != "uniform" or self.grid_name == "hessian"
+        scores = self.allocator not in ("uniform", "zd", "random")  # these need no activations
+        return self.solver != "rtn" or scores or self.grid_name == "hessian"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | ({} if self.bpw is None else {"bits": None})
 
 
 def resolve(
     method: str | None = None,
     *,
-    bits: int | None = None,
+    bits: float | None = None,
+    bpw: float | None = None,
     group_size: int | None = None,
     settings: Sequence[str] = (),
     file: Path | None = None,
@@ -95,6 +157,7 @@ def resolve(
     """Method defaults, then the file, then the arguments, then ``settings`` (``"key=value"`` strings).
 
     Args:
+        bits, bpw: the budget, one of the two; None keeps what method or file say.
         group_size: 0 means one group per row; None keeps what method or file say.
 
     Raises:
@@ -102,14 +165,21 @@ def resolve(
         FileError: the recipe file cannot be read.
     """
     values = _read_file(file) if file else {}
-    for name, value in (("method", method), ("bits", bits), ("group_size", group_size)):
-        if value is not None:
-            values[name] = value
+    given: dict[str, Any] = {"method": method, "bits": bits, "bpw": bpw, "group_size": group_size}
+    given = {name: value for name, value in given.items() if value is not None}
     for item in settings:
         key, found, text = item.partition("=")
         if not found:
             raise RequestError(f"--set takes KEY=VALUE, not {item!r}")
-        values[key.strip()] = yaml.safe_load(text)
+        given[key.strip()] = yaml.safe_load(text)
+    for name, other in (("bits", "bpw"), ("bpw", "bits")):
+        if given.get(name) is not None:
+            values.pop(other, None)  # what the file says about the budget is replaced, in either unit
+    values |= given
+    if values.get("bits") is not None and values.get("bpw") is not None:
+        raise RequestError(
+            "the budget is either bits (of the codes, on average) or bpw (of all that is stored), not both"
+        )
     name = values.get("method", "gptq")
     if name not in METHODS:
         raise RequestError(f"unknown method {name!r}; {did_you_mean(str(name), METHODS)}")
@@ -131,9 +201,9 @@ def recipe_from_json(values: Mapping[str, Any]) -> Recipe:
 
 def _convert(key: str, value: Any, default: Any) -> Any:
     """Accept what YAML makes of a value; refuse another type."""
-    if key == "group_size" and value is None:
-        return None
-    wanted = type(default)
+    if value is None and key in _OPTIONAL:
+        return default if key == "bits" else None
+    wanted = _OPTIONAL.get(key, type(default))
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not wanted:
@@ -155,5 +225,3 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FileError(f"recipe {path} must be a mapping of settings, such as 'method: gptq'")
     return values
-
-

@@ -41,15 +41,32 @@ METHODS: dict[str, Method] = {
         defaults={"allocator": "sba", "grid": "sqc"},
         bits=(2, 7),
     ),
+    "layerwise": Method(
+        title="Layer-wise beyond integer bits",
+        paper="arXiv:2406.17415",
+        summary="Blocks that change their input most get the higher of two widths; any average, such as 2.5 bits.",
+        defaults={"allocator": "lim", "bits": 2.5},
+    ),
+    "luq": Method(
+        title="LUQ",
+        paper="arXiv:2509.23729",
+        summary="Blocks with low-entropy activations get 2 bits, the others 4; any average between.",
+        defaults={"allocator": "luq", "lo": 2, "hi": 4, "bits": 3},
+    ),
 }
 
 ALLOCATORS: dict[str, str] = {
     "uniform": "the same width everywhere",
     "sba": "salience-determined widths per column group, N - 1, N and N + 1 in balance (SliM-LLM)",
+    "lim": "two widths; the higher one for blocks whose output differs most from their input (layer-wise)",
+    "zd": "two widths; the higher one where fewest weights lie beyond one standard deviation (layer-wise); no data",
+    "luq": "two widths; the higher one for blocks whose output activations have the highest entropy (LUQ)",
+    "error": "widths from lo to hi by the greatest fall of the relative output error per byte (ours)",
+    "random": "two widths in a random order by --seed: what a score must beat; no data",
 }
 
 GRID_CHOICES: dict[str, str] = {
-    "auto": "hessian below 4 bits, minmax from 4 bits on",
+    "auto": "hessian below 4 bits, minmax from 4 bits on (by the width of each linear)",
     "minmax": "the range of the weights",
     "mse": "the range shrunk to the least |error|^2.4 (GPTQ's code)",
     "sqc": "0.9 to 1.1 of the range, salient elements weighted (SliM-LLM)",
