@@ -1,0 +1,124 @@
+"""What an allocator hands out widths to, and how many bytes it may spend. Known before a weight is read.
+
+--bits B   the bytes that B bits everywhere would take; between whole numbers, in proportion between the neighbours
+--bpw X    X stored bits per weight: codes, scales, zeros
+
+Either is a budget in true bytes and is never exceeded. The widths are `lo` and `hi`; where a recipe names none, they
+are the neighbours of the budget.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from quantkit.errors import RequestError
+from quantkit.formats.grouped_int import GroupedIntSpec, check_group_size
+from quantkit.models.structure import Block, Linear
+from quantkit.recipe import Recipe
+
+TOLERANCE_BPW = 0.02  # what a budget may leave unused, where the sizes of the units allow
+# Linears that serving engines fuse into one, by the names that they go by.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Linears that get the same width: a block, a linear, or linears of a block that are tied."""
+
+    name: str
+    block: int
+    linears: tuple[Linear, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes for all linears together, and the widths to spend them on."""
+
+    n_bytes: int
+    n_weights: int
+    lo: int
+    hi: int
+
+    @property
+    def bpw(self) -> float:
+        return 8 * self.n_bytes / self.n_weights
+
+    @property
+    def tolerance(self) -> int:
+        return int(TOLERANCE_BPW * self.n_weights / 8)
+
+
+def units_of(blocks: Sequence[Block], recipe: Recipe) -> list[Unit]:
+    """The units of a model in running order."""
+    if recipe.granularity == "block":
+        return [Unit(block.name, index, block.linears) for index, block in enumerate(blocks) if block.linears]
+    units = []
+    for index, block in enumerate(blocks):
+        members: dict[str, list[Linear]] = {}
+        for linear in block.linears:
+            members.setdefault(_tied_path(linear.path) if recipe.tie else linear.path, []).append(linear)
+        units += [Unit(f"{block.name}.{path}", index, tuple(linears)) for path, linears in members.items()]
+    return units
+
+
+def _tied_path(path: str) -> str:
+    """One name for linears that must stay equal; engines fuse experts too.
+
+    >>> _tied_path("self_attn.k_proj"), _tied_path("mlp.experts.7.up_proj")
+    ('self_attn.q_proj+k_proj+v_proj', 'mlp.experts.*.gate_proj+up_proj')
+    """
+    parent, dot, last = re.sub(r"\bexperts\.\d+\.", "experts.*.", path).rpartition(".")
+    fused = next((names for names in _FUSED if last in names), (last,))
+    return f"{parent}{dot}{'+'.join(fused)}"
+
+
+def spec_at(linear: Linear, recipe: Recipe, bits: int) -> GroupedIntSpec:
+    """What a linear stores at one width. Raises `RequestError` when the group size does not divide it."""
+    group_size = check_group_size(linear.in_features, recipe.group_size, linear.name)
+    return GroupedIntSpec(
+        out_features=linear.out_features,
+        in_features=linear.in_features,
+        group_size=group_size,
+        segments=((bits, linear.in_features // group_size),),
+        symmetric=recipe.symmetric,
+    )
+
+
+def bytes_at(linears: Sequence[Linear], recipe: Recipe, bits: int) -> int:
+    """True bytes of all of them at one width."""
+    return sum(spec_at(linear, recipe, bits).n_bytes for linear in linears)
+
+
+def budget_of(linears: Sequence[Linear], recipe: Recipe) -> Budget:
+    """The budget of a recipe that mixes widths.
+
+    Raises:
+        RequestError: the budget lies outside what the widths can reach.
+    """
+    n_weights = sum(linear.n_weights for linear in linears)
+    totals = {bits: bytes_at(linears, recipe, bits) for bits in range(1, 9)}
+    if recipe.bpw is None:
+        average = Fraction(str(recipe.bits))
+        below, above = math.floor(average), math.ceil(average)
+        n_bytes = math.floor(totals[below] + (totals[above] - totals[below]) * (average - below))
+    else:
+        n_bytes = math.floor(Fraction(str(recipe.bpw)) * n_weights / 8)
+        below = max((bits for bits in totals if totals[bits] <= n_bytes), default=1)
+        above = min((bits for bits in totals if totals[bits] >= n_bytes), default=8)
+    lo = recipe.lo or min(below, (recipe.hi or 8) - 1)
+    hi = recipe.hi or max(above, lo + 1)
+    budget = Budget(n_bytes, n_weights, lo, hi)
+    if totals[lo] > n_bytes:
+        raise RequestError(_out_of_reach(budget, "below", lo, totals[lo], "raise it, or lower lo"))
+    if totals[hi] < n_bytes:
+        raise RequestError(_out_of_reach(budget, "above", hi, totals[hi], "lower it, or raise hi"))
+    return budget
+
+
+def _out_of_reach(budget: Budget, where: str, bits: int, total: int, advice: str) -> str:
+    limit = f"the {8 * total / budget.n_weights:.3f} that {bits}-bit codes store here"
+    return f"a budget of {budget.bpw:.3f} stored bits per weight is {where} {limit}; {advice}"
