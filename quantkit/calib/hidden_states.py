@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.errors import RequestError
+from quantkit.errors import FileError, RequestError
 
 
 class _Captured(Exception):
@@ -48,8 +50,19 @@ class HiddenStates:
         assert self._folder is not None
         path = self._folder / f"hidden-{index:05d}.bin"
         path.unlink(missing_ok=True)  # a fresh file: an older one may have another size
+        _reserve(path, like.numel() * like.itemsize)
         mapped = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype)
         return mapped.reshape(like.shape)
+
+
+def _reserve(path: Path, n_bytes: int) -> None:
+    """Take the disk blocks now: a disk that fills up under a memory map kills the process without a message."""
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise FileError(f"cannot write {path}: {error.strerror}; free space or use --offload cpu") from error
 
 
 class BlockCalls:
@@ -98,7 +111,7 @@ def capture_block_inputs(
     returns_tuple = False
     for sample in samples:
         stand_ins = _StandIns(blocks, hidden, calls, returns_tuple)
-        returns_tuple = stand_ins.run(lambda sample=sample: run(sample))
+        returns_tuple = stand_ins.run(partial(run, sample))
     return calls
 
 
@@ -126,7 +139,7 @@ class _StandIns:
     def _attempt(self, call: Callable[[], Any]) -> bool:
         self._passed, self._pending = None, []
         for index, block in enumerate(self._blocks):
-            block.forward = self._forward(index)  # type: ignore[method-assign]
+            block.forward = self._forward(index)
         try:
             call()
         except _Captured:

@@ -5,6 +5,8 @@ Nothing here ever holds more than what was asked for: one block, or the parts ar
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from torch import nn
 from quantkit.errors import FileError, NumericalError, RequestError
 from quantkit.formats.safetensors_io import TensorRef, find_tensors, read_tensor
 from quantkit.models.experts import unfuse_experts
+from quantkit.models.source_names import source_names, split_stacked
 from quantkit.models.structure import Block, describe_blocks, find_block_list
+
+_PIECE_BYTES = 1 << 24
 
 
 class Skeleton:
@@ -28,26 +33,34 @@ class Skeleton:
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
-        """Raises `RequestError` for a folder that is no model or is quantized already, `FileError` for damaged files."""
+        """Build the model and find its tensors, reading none.
+
+        Raises:
+            RequestError: the folder is no language model, or is quantized already.
+            FileError: files that are damaged, or lack a tensor, or hold one of another shape.
+        """
         self.folder = folder
         self.config = _read_config(folder, trust_remote_code)
-        self.tensors = find_tensors(folder)
+        stored = find_tensors(folder)
         self.model = _build(self.config, trust_remote_code)
-        self._source_names = _source_names(self.model, self.tensors)
+        names = source_names(self.model, stored)
         unfused = unfuse_experts(self.model)
-        self._source_names |= _unfused_names(self.model, unfused, self._source_names, self.tensors)
+        self.tensors = split_stacked(self.model, unfused, names, stored)
+        self._source_names = source_names(self.model, self.tensors)
         self.block_list = find_block_list(self.model)
         self.blocks: list[Block] = describe_blocks(self.model, self.block_list)
+        self._check_complete()
 
     def block_module(self, index: int) -> nn.Module:
-        return self.model.get_submodule(self.blocks[index].name)
+        module: nn.Module = self.model.get_submodule(self.blocks[index].name)
+        return module
 
     def source_name(self, runtime_name: str) -> str:
         """Name of a parameter in the source files. Raises `FileError` when they do not hold it."""
-        try:
-            return self._source_names[runtime_name]
-        except KeyError:
-            raise FileError(f"{self.folder}: no tensor for parameter {runtime_name}; the checkpoint is incomplete") from None
+        found = self._source_names.get(runtime_name)
+        if found is None:
+            raise FileError(f"{self.folder}: no tensor for parameter {runtime_name}; the checkpoint is incomplete")
+        return found
 
     def load_block(self, index: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Fill one block with its weights. Raises `NumericalError` when a weight holds NaN or Inf."""
@@ -63,13 +76,35 @@ class Skeleton:
         """Fill everything that runs before the blocks: all but the blocks, the output head and what follows them."""
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         for name, module in self.model.named_modules():
-            if module is head or name == self.block_list or name.startswith(f"{self.block_list}."):
+            if module is head or self.in_blocks(name):
                 continue
             self._fill_own(module, name, device, dtype)
 
     def release_surroundings(self) -> None:
         """Back to the meta device, the blocks included."""
         self.model.to("meta")
+
+    def check_surroundings(self) -> None:
+        """Raise `NumericalError` when a tensor outside the blocks, which is copied as it is, holds NaN or Inf."""
+        inside = {self._source_names.get(name) for name in self.model.state_dict() if self.in_blocks(name)}
+        for name, ref in self.tensors.items():
+            if name not in inside and ref.torch_dtype.is_floating_point:
+                _check_finite(ref)
+
+    def in_blocks(self, name: str) -> bool:
+        """Whether the module or parameter of that runtime name is a part of the blocks."""
+        return name == self.block_list or name.startswith(f"{self.block_list}.")
+
+    def _check_complete(self) -> None:
+        """Every parameter has a tensor of its shape; known from the headers, before any tensor is read."""
+        optional = getattr(self.model, "_keys_to_ignore_on_load_missing", None) or ()
+        for name, parameter in self.model.named_parameters():
+            if name not in self._source_names and any(re.search(pattern, name) for pattern in optional):
+                continue
+            ref = self.tensors[self.source_name(name)]
+            if ref.shape != tuple(parameter.shape):
+                shapes = f"has shape {list(ref.shape)}, the model of config.json needs {list(parameter.shape)}"
+                raise FileError(f"{ref.path}: tensor {ref.name} {shapes}")
 
     def _fill(self, module: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
         for path, child in module.named_modules():
@@ -80,27 +115,37 @@ class Skeleton:
         prefix = f"{name}." if name else ""
         persistent = set(module.state_dict(keep_vars=True)) & {key for key, _ in module.named_buffers(recurse=False)}
         derived = [key for key, _ in module.named_buffers(recurse=False) if key not in persistent]
-        for key in derived:
-            module._buffers[key] = torch.empty_like(module._buffers[key], device=device)  # type: ignore[arg-type]
-        if derived:  # rotary frequencies, embedding scales: recomputed by the model's own initialization
-            with torch.no_grad():
-                self._owner(name)._init_weights(module)
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            tensor = self._read(f"{prefix}{key}", tuple(parameter.shape), device, dtype)
+        if derived:
+            self._recompute(module, name, derived, device)
+        for key, _ in list(module.named_parameters(recurse=False)):
+            tensor = self._read(f"{prefix}{key}", device, dtype)
             module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
         for key in persistent:
-            buffer = module._buffers[key]
-            assert buffer is not None
+            buffer = module.get_buffer(key)
             wanted = dtype if buffer.is_floating_point() else buffer.dtype
-            module._buffers[key] = self._read(f"{prefix}{key}", tuple(buffer.shape), device, wanted)
+            module._buffers[key] = self._read(f"{prefix}{key}", device, wanted).reshape(buffer.shape)
 
-    def _read(self, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    def _recompute(self, module: nn.Module, name: str, keys: list[str], device: torch.device) -> None:
+        """Rotary frequencies, embedding scales: set by the model's own initialization, whatever was there before."""
+        outcomes = []
+        for filler in (0, 1):
+            for key in keys:
+                module._buffers[key] = torch.full_like(module.get_buffer(key), filler, device=device)
+            with torch.no_grad():
+                self._owner(name)._init_weights(module)
+            outcomes.append([module.get_buffer(key).clone() for key in keys])
+        for key, first, second in zip(keys, *outcomes, strict=True):
+            if not torch.equal(first, second):
+                raise RequestError(
+                    f"{name}: its buffer {key} is neither in the files nor recomputed from the config; "
+                    f"{type(self.model).__name__} is not supported"
+                )
+
+    def _read(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         ref = self.tensors[self.source_name(name)]
-        if ref.shape != shape:
-            raise FileError(f"{ref.path}: tensor {ref.name} has shape {list(ref.shape)}, the model needs {list(shape)}")
         tensor = read_tensor(ref)
         if not torch.isfinite(tensor).all():
-            raise NumericalError(f"{ref.path.name}: tensor {ref.name} holds NaN or Inf; the checkpoint is damaged")
+            raise _damaged(ref)
         return tensor.to(device=device, dtype=dtype)
 
     def _owner(self, name: str) -> Any:
@@ -114,14 +159,29 @@ class Skeleton:
         return owner
 
 
+def _check_finite(ref: TensorRef) -> None:
+    """The tensor in pieces: an embedding can be larger than a block."""
+    size = ref.torch_dtype.itemsize
+    for start in range(0, ref.n_bytes, _PIECE_BYTES):
+        n_bytes = min(_PIECE_BYTES, ref.n_bytes - start)
+        piece = replace(ref, shape=(n_bytes // size,), offset=ref.offset + start, n_bytes=n_bytes)
+        if not torch.isfinite(read_tensor(piece).float()).all():
+            raise _damaged(ref)
+
+
+def _damaged(ref: TensorRef) -> NumericalError:
+    return NumericalError(f"{ref.path.name}: tensor {ref.name} holds NaN or Inf; the checkpoint is damaged")
+
+
 def _read_config(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise RequestError(f"{folder}: config.json cannot be read as a transformers model ({first_line})") from error
+        raise RequestError(
+            f"{folder}: config.json cannot be read as a transformers model ({_first_line(error)})"
+        ) from error
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         how = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
@@ -132,37 +192,18 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
 def _build(config: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind = AutoModelForCausalLM
-    if type(config) not in AutoModelForCausalLM._model_mapping and type(config) in AutoModelForImageTextToText._model_mapping:
-        kind = AutoModelForImageTextToText
-    with torch.device("meta"):
-        model = kind.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    writes = type(config) in AutoModelForCausalLM._model_mapping
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    kind = AutoModelForImageTextToText if sees and not writes else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+    except ValueError as error:
+        raise RequestError(
+            f"{type(config).__name__}: this is no language model that can be quantized ({_first_line(error)})"
+        ) from error
     return model.eval().requires_grad_(False)
 
 
-def _source_names(model: Any, tensors: dict[str, TensorRef]) -> dict[str, str]:
-    """Runtime parameter name to source tensor name, through the renamings that transformers itself applies."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    state = model.state_dict()
-    names = {name: name for name in tensors if name in state}
-    renamings = [item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)]
-    for source in tensors:
-        if source not in names:
-            renamed, _ = rename_source_key(source, renamings, [], model.base_model_prefix, state)
-            names.setdefault(renamed, source)
-    return names
-
-
-def _unfused_names(
-    model: nn.Module, unfused: list[str], names: dict[str, str], tensors: dict[str, TensorRef]
-) -> dict[str, str]:
-    """Source names of the experts' linears: published checkpoints store them one by one."""
-    found = {}
-    for experts in unfused:
-        for path, _ in model.get_submodule(experts).named_parameters():
-            name = f"{experts}.{path}"
-            if name not in names and name in tensors:
-                found[name] = name
-    return found
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

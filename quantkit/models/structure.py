@@ -1,4 +1,4 @@
-"""Where a model keeps its decoder blocks, and which linears of a block are quantized. Structure, not names of families."""
+"""Where a model keeps its decoder blocks, and which linears of a block are quantized: structure, not family names."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The work folder of a run: one safetensors file per finished block, and a journal with one line for each.
 
     .OUT.quantkit/
+        lock                   held by the process that writes here
         run.json               what was asked for; a run with other settings refuses to go on
         journal.jsonl          one line per finished block: file, its SHA-256, seconds, errors of its linears
         block-00003.safetensors
@@ -11,13 +12,15 @@ loses at most the block in hand. A last line that was cut off is ignored.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -38,7 +41,7 @@ class FinishedBlock:
 
 
 class Journal:
-    """Open or create the work folder beside ``output``.
+    """Open or create the work folder beside ``output``; a context manager that holds its lock.
 
     Args:
         output: the final folder.
@@ -46,7 +49,7 @@ class Journal:
         overwrite: forget an unfinished run and a finished output.
 
     Raises:
-        RequestError: the output exists, or an unfinished run had other settings.
+        RequestError: the output exists, an unfinished run had other settings, or another process is at work on it.
         FileError: the folder cannot be written.
     """
 
@@ -54,19 +57,30 @@ class Journal:
         self.output = output
         self.folder = work_folder(output)
         self.finished: list[FinishedBlock] = []
-        if overwrite:
-            shutil.rmtree(self.folder, ignore_errors=True)
         refuse_existing(output, overwrite)
+        self._lock = _lock(self.folder, output)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"cannot create {self.folder}: {error.strerror}") from error
+            if overwrite:
+                _remove_contents(self.folder)
+            self._start(settings)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _start(self, settings: dict[str, Any]) -> None:
         described = self.folder / "run.json"
         if described.exists():
-            _refuse_difference(read_json(described), settings, output)
+            _refuse_difference(read_json(described), settings, self.output)
             self.finished = self._read()
         else:
+            _remove_contents(self.folder)
             write_json(described, settings)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._lock.close()
 
     def block_path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
@@ -85,7 +99,9 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise FileError(f"cannot write {self.folder}: {error.strerror}; free space and run the same command again") from error
+            raise FileError(
+                f"cannot write {self.folder}: {error.strerror}; free space and run the same command again"
+            ) from error
         self.finished.append(block)
 
     def remove(self) -> None:
@@ -114,11 +130,42 @@ class Journal:
 
 def work_folder(output: Path) -> Path:
     """The hidden sibling in which an unfinished run lives."""
-    return output.parent / f".{output.name}.quantkit"
+    whole = Path(os.path.abspath(output))  # "." has a name too
+    return whole.parent / f".{whole.name}.quantkit"
+
+
+def _lock(folder: Path, output: Path) -> TextIO:
+    """Create the work folder and lock it; the lock falls with the process, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+    except OSError as error:
+        raise FileError(f"cannot create {folder}: {error.strerror}; choose another folder with -o") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RequestError(f"{output}: another process is writing it; wait for it, or choose another folder") from None
+    except OSError:  # some network file systems have no locks
+        pass
+    return file
+
+
+def _remove_contents(folder: Path) -> None:
+    """Everything but the lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != "lock":
+            path.unlink(missing_ok=True)
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
     """Raises `RequestError` when the output is there and may not be replaced."""
+    if output.is_symlink() or output.is_mount():
+        raise RequestError(
+            f"output {output} is a link or a mount point, which no folder can replace; give a folder in it"
+        )
     if output.exists() and not output.is_dir():
         raise RequestError(f"output {output} is a file; give a folder with -o")
     if output.exists() and not overwrite and any(output.iterdir()):

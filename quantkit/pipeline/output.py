@@ -16,7 +16,8 @@ from quantkit.formats.files import read_json, write_json
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.safetensors_io import TensorRef, read_header
 from quantkit.models.skeleton import Skeleton
-from quantkit.pipeline.journal import Journal
+from quantkit.pipeline.allocate import FILE as ALLOCATION
+from quantkit.pipeline.journal import Journal, refuse_existing
 from quantkit.pipeline.request import QuantizeRequest
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -30,30 +31,47 @@ def assemble(skeleton: Skeleton, journal: Journal, request: QuantizeRequest, cal
         FileError: the disk is full or not writable; the work folder stays, and the same command goes on from it.
     """
     folder = journal.folder / "final"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
     modules = {name: entry for block in journal.finished for name, entry in block.modules.items()}
     refs = _tensor_refs(skeleton, journal, modules)
-    write_model(folder, refs, request.max_shard_bytes)
     quantization = _quantization_config(request, calibration, modules)
     try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_model(folder, refs, request.max_shard_bytes)
         _copy_companions(skeleton.folder, folder, request.trust_remote_code)
         write_json(folder / "recipe.json", request.recipe.to_json())
-        write_json(folder / "report.json", _report(modules, quantization["bpw"]))
+        write_json(folder / "report.json", _report(modules, quantization["bpw"]) | _allocation(journal))
         card = _model_card(skeleton.folder, request, quantization["bpw"], refs)
         (folder / "README.md").write_text(card, encoding="utf-8")
         config = read_json(skeleton.folder / "config.json")
         write_json(folder / "config.json", config | {"quantization_config": quantization})
         write_checksums(folder)
-        if request.overwrite:
-            shutil.rmtree(request.output, ignore_errors=True)
-        elif request.output.exists():
-            request.output.rmdir()  # an empty folder that the user made
-        os.replace(folder, request.output)
+        refuse_existing(request.output, request.overwrite)  # once more: the run may have taken days
+        _put_in_place(folder, request.output, journal.folder / "replaced")
     except OSError as error:
-        raise FileError(f"cannot write {request.output}: {error.strerror}; the same command goes on from here") from error
+        raise FileError(
+            f"cannot write {request.output}: {error.strerror}; the same command goes on from here"
+        ) from error
     journal.remove()
     return sum(ref.n_bytes for ref in refs)
+
+
+def _put_in_place(folder: Path, output: Path, replaced: Path) -> None:
+    """Rename, after everything is on disk; what was there is moved aside in one step, never deleted piece by piece."""
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
+    if output.exists():
+        os.replace(output, replaced)
+    os.replace(folder, output)
+    _sync(Path(os.path.abspath(output)).parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _tensor_refs(skeleton: Skeleton, journal: Journal, modules: dict[str, dict[str, Any]]) -> list[TensorRef]:
@@ -85,8 +103,18 @@ def _report(modules: dict[str, dict[str, Any]], bpw: float) -> dict[str, Any]:
     for name, entry in modules.items():
         spec = GroupedIntSpec.from_json(entry["spec"])
         measured = {key: entry[key] for key in ("relative_error", "damping") if key in entry}
-        rows.append({"name": name, "format": entry["spec"]["format"], "bpw": spec.bpw, "bytes": spec.n_bytes} | measured)
+        rows.append(
+            {"name": name, "format": entry["spec"]["format"], "bpw": spec.bpw, "bytes": spec.n_bytes} | measured
+        )
     return {"bpw": bpw, "modules": rows}
+
+
+def _allocation(journal: Journal) -> dict[str, Any]:
+    """What an allocator saw and decided; nothing where all widths are equal."""
+    path = journal.folder / ALLOCATION
+    if not path.exists():
+        return {}
+    return {"allocation": {key: value for key, value in read_json(path).items() if key != "widths"}}
 
 
 def _copy_companions(source: Path, target: Path, trust_remote_code: bool) -> None:
@@ -104,9 +132,11 @@ def _model_card(source: Path, request: QuantizeRequest, bpw: float, refs: list[T
     header = ["---", "library_name: transformers", "tags:", "- quantkit", "- quantized"]
     header += [f"license: {licence}"] if licence else []
     header += ["base_model_relation: quantized", "---"]
-    settings = ", ".join(f"{key}={value}" for key, value in recipe.to_json().items() if key not in ("method", "bits"))
+    settings = ", ".join(
+        f"{key}={value}" for key, value in recipe.to_json().items() if key not in ("method", "bits", "bpw")
+    )
     body = f"""
-# {name}, {recipe.method}, {recipe.bits} bits
+# {name}, {recipe.method}, {recipe.budget_name}
 
 Quantized by quantkit: {bpw:.3f} stored bits per weight in the quantized layers (codes, scales, zeros, index),
 {sum(ref.n_bytes for ref in refs) / 1e6:.1f} MB of tensors in all. Settings: {settings}.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ import torch
 from quantkit.errors import FileError, QuantkitError, RequestError
 from quantkit.formats.grouped_int import GroupedIntSpec, check_group_size
 from quantkit.models.skeleton import Skeleton
-from quantkit.models.structure import Linear
+from quantkit.models.structure import Block, Linear
+from quantkit.pipeline.allocate import needs_activations
+from quantkit.pipeline.budget import Budget, budget_of, spec_at
+from quantkit.pipeline.journal import work_folder
 from quantkit.pipeline.request import QuantizeRequest
 from quantkit.recipe import Recipe
 
@@ -23,7 +27,10 @@ _BASE_BYTES = 600 << 20  # the interpreter with torch and transformers loaded
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run will do. Sizes of mixed-width modules assume as many narrow as wide groups (never more)."""
+    """What a run will do. Bytes are exact for uniform widths; for mixed ones they are the most that the run may take.
+
+    With an allocator over blocks or linears, each module stands with its highest width, and the sum with the budget.
+    """
 
     modules: tuple[tuple[str, GroupedIntSpec], ...]
     skipped: tuple[tuple[str, str], ...]
@@ -33,7 +40,9 @@ class Plan:
     other_bytes: int
     original_bytes: int
     peak_memory_bytes: int
+    scratch_bytes: int  # of the work folder: finished blocks, and hidden states that are offloaded to disk
     seconds: float
+    at_most: bool = False  # bytes and bpw are a bound: widths are decided when the model has been looked at
 
     @property
     def output_bytes(self) -> int:
@@ -51,6 +60,7 @@ class Plan:
             "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
             "n_blocks": self.n_blocks,
             "bpw": self.bpw,
+            "at_most": self.at_most,
             "size_bytes": self.output_bytes,
             "original_bytes": self.original_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -63,12 +73,16 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
 
     Raises:
         RequestError: no linears, or a group size that does not divide one of them.
+        FileError: the files lack the weight of one of them.
     """
     linears = [linear for block in skeleton.blocks for linear in block.linears]
     if not linears:
         raise RequestError(f"{type(skeleton.model).__name__}: its blocks hold no linear layers to quantize")
-    modules = tuple((linear.name, _planned_spec(linear, request.recipe)) for linear in linears)
-    quantized = sum(spec.n_bytes for _, spec in modules)
+    recipe = request.recipe
+    budget = budget_of(linears, recipe) if recipe.mixes_widths else None
+    modules = tuple((linear.name, _planned_spec(linear, recipe, budget)) for linear in linears)
+    states = _hidden_bytes(skeleton, request, seq_len)
+    quantized = budget.n_bytes if budget else sum(spec.n_bytes for _, spec in modules)
     original = sum(ref.n_bytes for ref in skeleton.tensors.values())
     replaced = sum(skeleton.tensors[skeleton.source_name(f"{linear.name}.weight")].n_bytes for linear in linears)
     outside = [(name, "outside the decoder blocks") for name in _other_matrices(skeleton)]
@@ -80,45 +94,67 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
         quantized_bytes=quantized,
         other_bytes=original - replaced,
         original_bytes=original,
-        peak_memory_bytes=_peak_memory(skeleton, request, seq_len),
+        peak_memory_bytes=_peak_memory(skeleton, request, seq_len) + (0 if request.offload == "disk" else states),
+        scratch_bytes=quantized + (states if request.offload == "disk" else 0),
         seconds=_estimate_seconds(skeleton, request, seq_len, device),
+        at_most=recipe.allocator != "uniform",
     )
 
 
-def _planned_spec(linear: Linear, recipe: Recipe) -> GroupedIntSpec:
+def _planned_spec(linear: Linear, recipe: Recipe, budget: Budget | None) -> GroupedIntSpec:
+    if budget:
+        return spec_at(linear, recipe, budget.hi)
     group_size = check_group_size(linear.in_features, recipe.group_size, linear.name)
-    return GroupedIntSpec(
-        out_features=linear.out_features,
-        in_features=linear.in_features,
-        group_size=group_size,
-        segments=((recipe.bits, linear.in_features // group_size),),
-        symmetric=recipe.symmetric,
-    )
+    n_groups, bits = linear.in_features // group_size, recipe.width
+    n_moved = range(n_groups // 2 + 1) if recipe.allocator == "sba" else (0,)
+    mixes = [((bits - 1, k), (bits, n_groups - 2 * k), (bits + 1, k)) for k in n_moved]
+    specs = [
+        GroupedIntSpec(
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            group_size=group_size,
+            segments=tuple((width, count) for width, count in mix if count),
+            symmetric=recipe.symmetric,
+        )
+        for mix in mixes
+    ]
+    return max(specs, key=lambda spec: spec.n_bytes)
 
 
 def _other_matrices(skeleton: Skeleton) -> list[str]:
-    inside = f"{skeleton.block_list}."
-    return [
-        name
-        for name, parameter in skeleton.model.named_parameters()
-        if parameter.ndim >= 2 and not name.startswith(inside)
-    ]
+    parameters = skeleton.model.named_parameters()
+    return [name for name, parameter in parameters if parameter.ndim >= 2 and not skeleton.in_blocks(name)]
 
 
 def _peak_memory(skeleton: Skeleton, request: QuantizeRequest, seq_len: int) -> int:
-    """One block in float32 twice (weights and working copies), its Hessians, the hidden states, the widest activation."""
-    widest_block = max(sum(linear.n_weights for linear in block.linears) for block in skeleton.blocks)
-    inputs = {linear.in_features for block in skeleton.blocks for linear in block.linears}
-    widest = max(max(linear.in_features, linear.out_features) for block in skeleton.blocks for linear in block.linears)
-    hidden = min(inputs)
-    states = 0 if request.offload == "disk" else 4 * request.n_samples * seq_len * hidden
-    surroundings = 4 * sum(
-        parameter.numel()
-        for name, parameter in skeleton.model.named_parameters()
-        if not name.startswith(f"{skeleton.block_list}.")
-    )
-    walk = 8 * widest_block + sum(4 * size * size for size in inputs) + 24 * max(inputs) ** 2 + 16 * seq_len * widest
-    return _BASE_BYTES + states + max(surroundings, walk)
+    """Beside the hidden states: the parts around the blocks, and later a block with what its widest linear needs."""
+    linears = [linear for block in skeleton.blocks for linear in block.linears]
+    widest = max(linears, key=lambda linear: linear.n_weights)
+    block = max(sum(linear.n_weights for linear in block.linears) for block in skeleton.blocks)
+    if not request.recipe.needs_calibration:
+        return _BASE_BYTES + 4 * block + 24 * widest.n_weights
+    most_inputs = max(linear.in_features for linear in linears)
+    activations = 16 * seq_len * max(max(linear.in_features, linear.out_features) for linear in linears)
+    solving = (
+        24 * widest.n_weights + 32 * most_inputs * most_inputs
+    )  # working copies of the weight; float64 factors of the Hessian
+    walk = 4 * block + max(map(_hessian_bytes, skeleton.blocks)) + max(activations, solving)
+    parameters = skeleton.model.named_parameters()
+    around: int = sum(parameter.numel() for name, parameter in parameters if not skeleton.in_blocks(name))
+    return _BASE_BYTES + max(4 * around + activations, walk)
+
+
+def _hessian_bytes(block: Block) -> int:
+    """Linears of one parent that read as many features share their input, as q, k and v or gate and up do."""
+    inputs = {(linear.path.rpartition(".")[0], linear.in_features) for linear in block.linears}
+    return sum(4 * in_features * in_features for _, in_features in inputs)
+
+
+def _hidden_bytes(skeleton: Skeleton, request: QuantizeRequest, seq_len: int) -> int:
+    if not request.recipe.needs_calibration:
+        return 0
+    hidden: int = skeleton.config.get_text_config(decoder=True).hidden_size
+    return 4 * request.n_samples * seq_len * hidden
 
 
 def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device: torch.device) -> float:
@@ -128,7 +164,8 @@ def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int
     rounding = sum(60.0 * linear.n_weights for linear in linears)
     if not request.recipe.needs_calibration:
         return 2 * rounding / _multiplications_per_second(device)
-    forward = sum(4.0 * tokens * linear.n_weights for linear in linears)
+    n_forwards = 2 + (request.recipe.mixes_widths and needs_activations(request.recipe))
+    forward = n_forwards * sum(2.0 * tokens * linear.n_weights for linear in linears)
     gram = sum(2.0 * tokens * linear.in_features**2 for linear in linears) / 2  # about half of the inputs are shared
     solve = sum(2.0 * linear.n_weights * linear.in_features + 3.0 * linear.in_features**3 for linear in linears)
     candidates = 135 if request.recipe.grid_name == "hessian" else 40
@@ -145,19 +182,37 @@ def _multiplications_per_second(device: torch.device) -> float:
     return float(2 * 1024**3 / max(time.perf_counter() - began, 1e-6)) * 0.5  # a run reaches about half of it
 
 
-def check_room(plan: Plan, output: Path, device: torch.device) -> None:
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the machine has to offer, in bytes."""
+
+    disk: int
+    memory: float  # infinite where it is not the CPU's memory that is used
+
+
+def measure_room(output: Path, device: torch.device) -> Room:
+    """Free disk where ``output`` will be (what an unfinished run of it holds counts as free), and free memory."""
+    whole = output.absolute()
+    existing = next(parent for parent in (whole, *whole.parents) if parent.exists())
+    held = sum(path.stat().st_size for path in work_folder(output).rglob("*") if path.is_file())
+    memory = psutil.virtual_memory().available if device.type == "cpu" else math.inf
+    return Room(shutil.disk_usage(existing).free + held, memory)
+
+
+def check_room(plan: Plan, output: Path, room: Room) -> None:
     """Raises `FileError` or `QuantkitError` when disk or memory cannot hold what the plan needs."""
-    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    need = plan.output_bytes + plan.quantized_bytes
-    if free < need:
+    need = plan.output_bytes + plan.scratch_bytes
+    if room.disk < need:
         raise FileError(
-            f"not enough disk for {output}: {need >> 20} MiB needed, {free >> 20} MiB free; "
+            f"not enough disk for {output}: {_mib(need)} MiB needed, {room.disk >> 20} MiB free; "
             "free some or choose another folder with -o"
         )
-    available = psutil.virtual_memory().available
-    if device.type == "cpu" and plan.peak_memory_bytes > available:
+    if room.memory < plan.peak_memory_bytes:
         raise QuantkitError(
-            f"not enough memory: about {plan.peak_memory_bytes >> 20} MiB needed, {available >> 20} MiB available; "
-            "use --offload disk, fewer --n-samples or a shorter --seq-len"
+            f"not enough memory: about {_mib(plan.peak_memory_bytes)} MiB needed, {int(room.memory) >> 20} MiB "
+            "available; use --offload disk, fewer --n-samples or a shorter --seq-len"
         )
+
+
+def _mib(n_bytes: int) -> int:
+    return -(-n_bytes >> 20)

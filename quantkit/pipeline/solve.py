@@ -50,7 +50,7 @@ def _solve(linear: Linear, weight: Tensor, statistics: InputStatistics | None, r
         # An expert that no calibration token reached: all inputs count alike, which is plain rounding.
         hessian = torch.eye(linear.in_features, device=weight.device)
     group_size = recipe.group_size or linear.in_features
-    bits = (recipe.bits,) * (linear.in_features // group_size)
+    bits = (recipe.width,) * (linear.in_features // group_size)
     if recipe.allocator == "sba":
         bits = _allocate_sba(weight, hessian, statistics, group_size, recipe)
     fit = GRIDS[recipe.grid_name]
@@ -61,25 +61,25 @@ def _solve(linear: Linear, weight: Tensor, statistics: InputStatistics | None, r
         config = GPTQConfig(damping=recipe.damping, act_order=recipe.act_order)  # type: ignore[arg-type]
         solution = gptq(weight, hessian, bits, recipe.symmetric, fit, config)
         quantized, damping = solution.weight, solution.damping
-    return Solved(quantized, _relative_error(weight, quantized.dequantize(), hessian), damping)
+    return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
 
 
 def _allocate_sba(
     weight: Tensor, hessian: Tensor | None, statistics: InputStatistics | None, group_size: int, recipe: Recipe
 ) -> tuple[int, ...]:
     assert hessian is not None
+    rows = statistics.rows() if statistics and recipe.criterion == "kl" else weight.new_empty(0, 0)
     config = SBAConfig(
-        bits=recipe.bits,
+        bits=recipe.width,
         group_size=group_size,
         damping=recipe.damping,
-        criterion=recipe.criterion,  # type: ignore[arg-type]
+        criterion="kl" if len(rows) else "mse",  # an expert that no token reached has no outputs to compare
         search_grid=GRIDS[recipe.grid_name],
     )
-    rows = statistics.rows() if statistics and recipe.criterion == "kl" else None
     return sba(weight, hessian, config, rows)
 
 
-def _relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
     error = weight - quantized
     if hessian is None:
         return float(error.norm() / weight.norm().clamp_min(1e-30))

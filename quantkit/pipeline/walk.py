@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,24 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.calib.datasets import Calibration, load_calibration
+from quantkit.calib.datasets import Calibration
 from quantkit.calib.hidden_states import BlockCalls, HiddenStates, capture_block_inputs
+from quantkit.calib.sources import source_name
 from quantkit.calib.statistics import StatisticsRecorder
-from quantkit.errors import RequestError
 from quantkit.formats.checkpoint import TRIPWIRE, has_tripwire
+from quantkit.formats.files import read_json, write_json
 from quantkit.formats.grouped_int import NAME, GroupedIntSpec, pack, unpack
 from quantkit.formats.safetensors_io import read_header, read_tensor
-from quantkit.models.hub import download
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear
+from quantkit.pipeline.allocate import FILE, Score, allocate, describe, needs_activations, random_scores, score_block
+from quantkit.pipeline.budget import Budget, Unit, budget_of, units_of
 from quantkit.pipeline.journal import Journal, refuse_existing
 from quantkit.pipeline.output import assemble
-from quantkit.pipeline.plan import Plan, check_room, make_plan
+from quantkit.pipeline.plan import Plan, check_room, make_plan, measure_room
+from quantkit.pipeline.prepare import (
+    compute_dtype,
+    deciding_settings,
+    open_model,
+    read_calibration,
+    sequence_length,
+)
 from quantkit.pipeline.request import Listener, ModuleReport, QuantizeRequest, QuantizeResult
 from quantkit.pipeline.solve import SAMPLE_ROWS, Solved, solve_linear
 from quantkit.recipe import Recipe, resolve
-from quantkit.runtime.loading import load_tokenizer
-from quantkit.runtime.loading import resolve as resolve_model
 
 
 def quantize(
@@ -40,7 +50,8 @@ def quantize(
     output: str | Path | None = None,
     *,
     method: str | None = None,
-    bits: int | None = None,
+    bits: float | None = None,
+    bpw: float | None = None,
     group_size: int | None = None,
     settings: Sequence[str] = (),
     recipe_file: str | Path | None = None,
@@ -51,7 +62,7 @@ def quantize(
 
     Args:
         output: the new folder; None: ``MODEL-METHOD-Bb`` in the current folder.
-        method, bits, group_size, settings, recipe_file: see `quantkit.recipe.resolve`.
+        method, bits, bpw, group_size, settings, recipe_file: see `quantkit.recipe.resolve`.
         options: further fields of `QuantizeRequest`: calib, n_samples, seq_len, seed, device, offload, ...
 
     Raises:
@@ -60,39 +71,41 @@ def quantize(
     >>> quantize("demo", method="gtpq")
     Traceback (most recent call last):
         ...
-    quantkit.errors.RequestError: unknown method 'gtpq'; did you mean 'gptq'? known: gptq, rtn, slim
+    quantkit.errors.RequestError: unknown method 'gtpq'; did you mean 'gptq'? known: gptq, layerwise, luq, rtn, slim
     """
     file = Path(recipe_file) if recipe_file is not None else None
-    recipe = resolve(method, bits=bits, group_size=group_size, settings=settings, file=file)
+    recipe = resolve(method, bits=bits, bpw=bpw, group_size=group_size, settings=settings, file=file)
     target = Path(output) if output is not None else default_output(str(model), recipe)
     return run(QuantizeRequest(model=str(model), output=target, recipe=recipe, **options), listener)
 
 
 def default_output(model: str, recipe: Recipe) -> Path:
-    """``NAME-METHOD-Bb`` in the current folder."""
-    return Path(f"{Path(model).name}-{recipe.method}-{recipe.bits}b")
+    """``NAME-METHOD-Bb`` (or ``-Xbpw``) in the current folder."""
+    budget = f"{recipe.bits}b" if recipe.bpw is None else f"{recipe.bpw:g}bpw"
+    return Path(f"{Path(os.path.abspath(model)).name}-{recipe.method}-{budget}")
 
 
 def dry_run(request: QuantizeRequest) -> Plan:
     """Check the whole request and say what it would do, without reading a weight or writing a file."""
-    skeleton, device = _open(request)
-    return make_plan(skeleton, request, _seq_len(skeleton, request), device)
+    if request.recipe.needs_calibration:
+        source_name(request.calib)
+    skeleton, device = open_model(request)
+    return make_plan(skeleton, request, sequence_length(skeleton, request), device)
 
 
 def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeResult:
     """Carry out a request; see `quantize`."""
     began = time.perf_counter()
     refuse_existing(request.output, request.overwrite)
-    skeleton, device = _open(request)
-    seq_len = _seq_len(skeleton, request)
+    skeleton, device = open_model(request)
+    seq_len = sequence_length(skeleton, request)
     plan = make_plan(skeleton, request, seq_len, device)
-    check_room(plan, request.output, device)
-    calibration = _load_calibration(request, skeleton, seq_len) if request.recipe.needs_calibration else None
-    dtype = _compute_dtype(request, skeleton, device)
-    settings = _settings(request, skeleton, calibration, device, dtype)
-    journal = Journal(request.output, settings, overwrite=request.overwrite)
-    resumed = len(journal.finished)
-    with _terminable(), torch.no_grad():
+    check_room(plan, request.output, measure_room(request.output, device))
+    calibration = read_calibration(request, skeleton, seq_len) if request.recipe.needs_calibration else None
+    dtype = compute_dtype(request, skeleton, device)
+    settings = deciding_settings(request, skeleton, calibration, device, dtype)
+    with Journal(request.output, settings, overwrite=request.overwrite) as journal, _terminable(), torch.no_grad():
+        resumed = len(journal.finished)
         walk = _Walk(request, skeleton, calibration, journal, listener or Listener(), device, dtype)
         walk.run()
         size = assemble(skeleton, journal, request, calibration)
@@ -105,7 +118,7 @@ def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeR
         size_bytes=size,
         original_bytes=plan.original_bytes,
         seconds=time.perf_counter() - began,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=_peak_rss(),
         resumed_blocks=resumed,
         modules=tuple(_report(name, entry) for name, entry in modules),
     )
@@ -128,13 +141,19 @@ class _Walk:
         self.skeleton, self.journal, self.listener = skeleton, journal, listener
         self.device, self.dtype = device, dtype
         self.calibration = calibration
-        offload = "cpu" if device.type == "cpu" and request.offload == "none" else request.offload
-        self.hidden = HiddenStates(offload, journal.folder)
+        self.seed = request.seed
+        self.offload = "cpu" if device.type == "cpu" and request.offload == "none" else request.offload
+        self.hidden = HiddenStates(self.offload, journal.folder)
         self.calls: BlockCalls | None = None
+        self.widths: dict[str, int] = {}  # of each linear, where the recipe mixes them
 
     def run(self) -> None:
         blocks, n_finished = self.skeleton.blocks, len(self.journal.finished)
         self.listener.started(len(blocks), n_finished)
+        if not n_finished:
+            self.skeleton.check_surroundings()
+        if self.recipe.mixes_widths:
+            self.widths = self._allocate()
         if self.calibration is not None and n_finished < len(blocks):
             self._capture(self.calibration.input_ids)
         for index, block in enumerate(blocks):
@@ -143,12 +162,53 @@ class _Walk:
             elif self.calls is not None:
                 self._replay_block(index, block)
 
+    def _allocate(self) -> dict[str, int]:
+        """Widths by scores of the unquantized model; a run that is resumed reads them where it left them."""
+        path = self.journal.folder / FILE
+        if not path.exists():
+            linears = [linear for block in self.skeleton.blocks for linear in block.linears]
+            units, budget = units_of(self.skeleton.blocks, self.recipe), budget_of(linears, self.recipe)
+            if self.recipe.allocator == "luq":
+                self.listener.note("luq: scored on text tokens; the paper's setting is multimodal prompts")
+            allocation = allocate(units, self._scores(units, budget), budget, self.recipe)
+            write_json(path, allocation)
+            self.listener.note(describe(allocation))
+        widths: dict[str, int] = read_json(path)["widths"]
+        return widths
+
+    def _scores(self, units: list[Unit], budget: Budget) -> list[Score]:
+        if self.recipe.allocator == "random":
+            return random_scores(units, self.seed)
+        self.listener.note(f"allocator={self.recipe.allocator}: scoring the unquantized model")
+        if needs_activations(self.recipe):
+            assert self.calibration is not None
+            self._capture(self.calibration.input_ids)
+        scores: list[Score] = []
+        for index in range(len(self.skeleton.blocks)):
+            module = self.skeleton.load_block(index, self.device, self.dtype)
+            members = [unit for unit in units if unit.block == index]
+            outcomes = self._outcomes(index, module)
+            scores += score_block(members, module, outcomes, len(self.hidden), self.recipe, budget, self.seed)
+            self.skeleton.release_block(index)
+        self.calls = None
+        return scores
+
+    def _outcomes(self, index: int, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """What enters and what leaves a block, sample by sample; the hidden states advance on the way."""
+        for sample in range(len(self.hidden)):
+            after = self._call(index, module, sample)
+            yield self.hidden[sample], after
+            self.hidden[sample] = after
+
     def _capture(self, input_ids: Tensor) -> None:
+        self.hidden = HiddenStates(self.offload, self.journal.folder)
         self.skeleton.load_surroundings(self.device, self.dtype)
         modules = [self.skeleton.block_module(index) for index in range(len(self.skeleton.blocks))]
         samples = iter(row.unsqueeze(0).to(self.device) for row in input_ids)
         model = self.skeleton.model
-        self.calls = capture_block_inputs(lambda ids: model(input_ids=ids, use_cache=False), samples, modules, self.hidden)
+        self.calls = capture_block_inputs(
+            lambda ids: model(input_ids=ids, use_cache=False), samples, modules, self.hidden
+        )
         self.skeleton.release_surroundings()
 
     def _quantize_block(self, index: int, block: Block) -> None:
@@ -183,16 +243,22 @@ class _Walk:
         self.skeleton.release_block(index)
 
     def _stages(self, index: int, block: Block, module: nn.Module) -> list[list[Linear]]:
-        """All linears at once, or, sequentially, one stage for each distinct input in running order."""
+        """All linears at once, or, sequentially, one stage for each distinct input in running order.
+
+        Experts run side by side: the same linear of all of them is one stage, also of those that the probe missed.
+        """
         if not (self.recipe.sequential and self.calls is not None):
             return [list(block.linears)]
         probe = StatisticsRecorder({linear.path: module.get_submodule(linear.path) for linear in block.linears})
         with probe.recording():
             self._call(index, module, 0)
-        stages: dict[str, list[Linear]] = {}
-        order = {path: position for position, path in enumerate(probe.first_calls())}
-        for linear in sorted(block.linears, key=lambda linear: order.get(linear.path, len(order))):
-            stages.setdefault(probe.leader(linear.path), []).append(linear)
+        leaders: dict[str, str] = {}  # in running order
+        for path in probe.first_calls():
+            leaders.setdefault(_kind(path), _kind(probe.leader(path)))
+        stages: dict[str, list[Linear]] = {leader: [] for leader in leaders.values()}
+        for linear in block.linears:
+            kind = _kind(linear.path)
+            stages.setdefault(leaders.get(kind, kind), []).append(linear)
         return list(stages.values())
 
     def _record(self, index: int, module: nn.Module, stage: list[Linear]) -> StatisticsRecorder | None:
@@ -220,8 +286,11 @@ class _Walk:
     def _solve(self, linear: Linear, module: nn.Module, recorder: StatisticsRecorder | None) -> Solved:
         statistics = recorder.statistics(linear.path) if recorder else None
         if statistics is not None and statistics.n_tokens == 0:
-            self.listener.note(f"{linear.name}: no calibration token reached it; its inputs are taken as equally important")
-        solved = solve_linear(linear, module.get_submodule(linear.path).weight, statistics, self.recipe)  # type: ignore[arg-type]
+            self.listener.note(
+                f"{linear.name}: no calibration token reached it; its inputs are taken as equally important"
+            )
+        recipe = self.recipe.at(self.widths[linear.name]) if self.widths else self.recipe
+        solved = solve_linear(linear, module.get_submodule(linear.path).weight, statistics, recipe)  # type: ignore[arg-type]
         if solved.damping > self.recipe.damping:
             self.listener.note(f"{linear.name}: Hessian not positive definite; damping raised to {solved.damping:g}")
         return solved
@@ -244,78 +313,24 @@ class _Walk:
         return self.skeleton.source_name(f"{linear.name}.weight").removesuffix(".weight")
 
 
+def _kind(path: str) -> str:
+    """The name of a linear inside its block, the same for all experts."""
+    return re.sub(r"\.\d+\.", ".*.", path)
+
+
 def _set_weight(module: nn.Module, linear: Linear, weight: Tensor) -> None:
-    target = module.get_submodule(linear.path)
-    target.weight.data = weight.to(target.weight.dtype)  # type: ignore[union-attr]
+    target = module.get_submodule(linear.path).get_parameter("weight")
+    target.data = weight.to(target.dtype)
+
+
+def _peak_rss() -> int:
+    """Of this process since its start, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _report(name: str, entry: dict[str, Any]) -> ModuleReport:
     return ModuleReport(name, NAME, GroupedIntSpec.from_json(entry["spec"]).bpw, entry["relative_error"])
-
-
-def _open(request: QuantizeRequest) -> tuple[Skeleton, torch.device]:
-    device = _device(request.device)
-    found = resolve_model(request.model)
-    folder = found if isinstance(found, Path) else download(found)
-    return Skeleton(folder, trust_remote_code=request.trust_remote_code), device
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RequestError(f"unknown device {name!r}; use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError("device cuda: this machine has no usable CUDA device; use --device cpu")
-    return device
-
-
-def _compute_dtype(request: QuantizeRequest, skeleton: Skeleton, device: torch.device) -> torch.dtype:
-    if request.dtype != "auto":
-        return getattr(torch, request.dtype)  # type: ignore[no-any-return]
-    stored = getattr(skeleton.config, "dtype", None)
-    return stored if device.type != "cpu" and isinstance(stored, torch.dtype) else torch.float32
-
-
-def _seq_len(skeleton: Skeleton, request: QuantizeRequest) -> int:
-    limit = getattr(skeleton.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
-    if request.seq_len is not None and request.seq_len > limit:
-        raise RequestError(f"seq_len {request.seq_len} exceeds the model's context of {limit} tokens")
-    return request.seq_len or min(2048, limit)
-
-
-def _load_calibration(request: QuantizeRequest, skeleton: Skeleton, seq_len: int) -> Calibration:
-    return load_calibration(
-        request.calib,
-        load_tokenizer(skeleton.folder, trust_remote_code=request.trust_remote_code),
-        n_samples=request.n_samples,
-        seq_len=seq_len,
-        seed=request.seed,
-        shuffle=request.calib_shuffle,
-        vocab_size=skeleton.config.get_text_config(decoder=True).vocab_size,
-    )
-
-
-def _settings(
-    request: QuantizeRequest,
-    skeleton: Skeleton,
-    calibration: Calibration | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Everything that determines the bytes of the packed tensors; files by size and time, not by hash (they are large)."""
-    files = sorted({ref.path for ref in skeleton.tensors.values()})
-    return {
-        "recipe": request.recipe.to_json(),
-        "calibration": calibration.to_json() if calibration else None,
-        "seed": request.seed,
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "versions": {"torch": torch.__version__},
-        "source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
-    }
 
 
 @contextmanager
