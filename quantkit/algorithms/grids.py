@@ -227,6 +227,7 @@ def _keep_better(best: Grid, best_loss: Tensor, candidates: Grid, losses: Tensor
 
 def _search_binary(weight: Tensor, symmetric: bool, metric: Tensor) -> Grid:
     """Two levels re-fitted by weighted least squares in turn with the signs; the best of a few rounds."""
+    metric = metric / metric.abs().amax()  # products of four entries follow; only ratios of losses matter
     grid = best = binary(weight, symmetric)
     best_loss = ((dequantize(quantize(weight, best, 1), best) - weight) @ metric).square_().sum(-1)
     target, ones = weight @ metric, metric.sum(0)

@@ -15,7 +15,9 @@ from quantkit.algorithms.refine import descend, objective, refine, refit_scales
 from quantkit.formats.grouped_int import GroupedInt
 
 
-def problem(seed: int, out: int = 6, features: int = 32, groups: int = 2, bits: int = 2) -> tuple[Tensor, Tensor, GroupedInt]:
+def problem(
+    seed: int, out: int = 6, features: int = 32, groups: int = 2, bits: int = 2
+) -> tuple[Tensor, Tensor, GroupedInt]:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, features, generator=generator, dtype=torch.float64)
     mixing = torch.randn(features, features, generator=generator, dtype=torch.float64) / features**0.5
