@@ -62,7 +62,7 @@ class Recipe:
                 raise RequestError(f"unknown {name} {value!r}; {did_you_mean(str(value), known)}")
         low, high = METHODS[self.method].bits if self.method in METHODS else (1, 8)
         if not 1 <= self.bits <= 8:
-            raise RequestError(f"bits must be 1 to 8, not {self.bits}")
+            raise RequestError(f"bits must be 1 to 8, not {self.bits:g}")
         if self.bits == int(self.bits):
             object.__setattr__(self, "bits", int(self.bits))  # 2.0 is 2, in JSON and in names too
         if not low <= self.bits <= high:

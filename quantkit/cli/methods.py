@@ -34,6 +34,7 @@ def methods(name: Name = None, as_json: Json = False, debug: Debug = False) -> N
 def _describe(name: str) -> dict[str, Any]:
     method, recipe = METHODS[name], resolve(name)
     low, high = method.bits
+    bits = method.defaults.get("bits", max(low, min(high, _EXAMPLE_BITS)))
     return {
         "name": name,
         "title": method.title,
@@ -48,7 +49,7 @@ def _describe(name: str) -> dict[str, Any]:
             for item in fields(Recipe)
             if item.name != "method"
         },
-        "example": f"quantkit quantize demo --method {name} --bits {max(low, min(high, _EXAMPLE_BITS))}",
+        "example": f"quantkit quantize demo --method {name} --bits {bits}",
     }
 
 
@@ -85,7 +86,7 @@ def _bits(entry: dict[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    """As it would be written after ``=``."""
+    """As it would be written after ``=``; a dash where nothing is set."""
     if value is None:
-        return "0"  # only group_size: one group per row
+        return "-"
     return str(value).lower() if isinstance(value, bool) else str(value)

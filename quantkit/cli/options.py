@@ -16,12 +16,12 @@ DEBUG_KEY = "quantkit.debug"  # in the context's meta, which nested contexts sha
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
-def parse_bits(text: str) -> int:
-    """A whole number; its range is the recipe's to check."""
+def parse_bits(text: str) -> float:
+    """A number; its range, and whether it may be a fraction, is the recipe's to check."""
     try:
-        return int(text)
+        return float(text)
     except ValueError:
-        raise RequestError(f"bits must be a whole number here (1 to 8), not {text!r}") from None
+        raise RequestError(f"bits are a number from 1 to 8, such as 3 (or 2.5 on average), not {text!r}") from None
 
 
 def parse_bytes(text: str | int) -> int:

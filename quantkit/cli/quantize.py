@@ -52,11 +52,12 @@ Method = Annotated[
     ),
 ]
 Bits = Annotated[
-    int | None,
+    float | None,
     _option(
         "--bits", help=_HELP["bits"], parser=parse_bits, metavar="B", show_default=str(Recipe().bits), advanced=False
     ),
 ]
+Bpw = Annotated[float | None, _option("--bpw", help=_HELP["bpw"], parser=parse_bits, metavar="B", show_default=False)]
 GroupSize = Annotated[
     int | None,
     _option(
@@ -119,6 +120,7 @@ def quantize(
     device: Device = "auto",
     dry_run: DryRun = False,
     as_json: Json = False,
+    bpw: Bpw = None,
     symmetric: Symmetric = False,
     recipe_file: RecipeFile = None,
     settings: Settings = None,
@@ -133,7 +135,7 @@ def quantize(
 ) -> None:
     """Quantize a model into a packed folder. An interrupted run goes on when the same command is repeated."""
     chosen = [*(["symmetric=true"] if symmetric else []), *(settings or [])]
-    recipe = resolve(method, bits=bits, group_size=group_size, settings=chosen, file=recipe_file)
+    recipe = resolve(method, bits=bits, bpw=bpw, group_size=group_size, settings=chosen, file=recipe_file)
     from quantkit.pipeline import QuantizeRequest
     from quantkit.pipeline.walk import default_output
 
@@ -164,7 +166,7 @@ def _run(request: QuantizeRequest, as_json: bool) -> None:
     from quantkit.pipeline import run
 
     recipe = request.recipe
-    progress = run_progress(notes(), f"{recipe.method}, {recipe.bits} bits: {request.model} -> {request.output}")
+    progress = run_progress(notes(), f"{recipe.method}, {recipe.budget_name}: {request.model} -> {request.output}")
     try:
         with quiet_libraries(), progress:
             busy(f"reading {request.model}")
@@ -202,7 +204,7 @@ def _show_result(result: QuantizeResult, request: QuantizeRequest) -> None:
         made.add_row(module.name, f"{module.bpw:.3f}", f"{module.relative_error:.4f}")
     screen.print("", made, "")
     folder, source = shlex.quote(str(result.output)), shlex.quote(request.model)
-    data = " --data builtin" if "builtin" in (request.calib, {"demo": "builtin"}.get(request.model)) else ""
+    data = " --data builtin --limit 20" if request.calib == "builtin" or request.model == "demo" else ""
     for label, value in (
         ("written", folder),
         ("next", f"quantkit eval {folder}{data} --reference {source}"),
@@ -240,7 +242,7 @@ def _show_plan(plan: Plan, request: QuantizeRequest) -> None:
         [
             ("blocks", str(plan.n_blocks)),
             ("size", f"{size(plan.original_bytes)} -> {size(plan.output_bytes)}"),
-            ("bits per weight", f"{plan.bpw:.3f} in the quantized layers"),
+            ("bits per weight", f"{'at most ' if plan.at_most else ''}{plan.bpw:.3f} in the quantized layers"),
             ("peak memory", f"about {size(plan.peak_memory_bytes)}"),
             ("time", f"about {duration(plan.seconds)}"),
             ("output", f"{request.output} (nothing was written)"),

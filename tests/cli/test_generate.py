@@ -1,0 +1,61 @@
+"""`quantkit generate`: text on stdout, one object with --json, the same for the same seed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cli_runs import Inputs, quantkit
+
+
+def test_json(packed: Path) -> None:
+    done = quantkit("generate", packed, "--prompt", "the fox", "--max-new-tokens", 8, "--json")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.json.keys() == {"model", "prompt", "text", "new_tokens", "seconds", "tokens_per_second"}
+    assert (done.json["model"], done.json["prompt"]) == (str(packed), "the fox")
+    assert 1 <= done.json["new_tokens"] <= 8
+
+
+def test_text_goes_to_stdout_and_the_speed_to_stderr() -> None:
+    """The demo's text is plain, so that streaming and decoding at once must agree to the letter."""
+    arguments = ("generate", "demo", "--prompt", "def main():", "--max-new-tokens", 12)
+    streamed, whole = quantkit(*arguments), quantkit(*arguments, "--json")
+    assert streamed.exit_code == 0
+    assert streamed.stdout == whole.json["text"] + "\n"
+    assert re.fullmatch(r"12 tokens in \S+ s \(\S+ tokens per second\)\n", streamed.stderr)
+
+
+def test_a_seed_decides_the_text(packed: Path) -> None:
+    def text(*flags: object) -> str:
+        arguments = ("generate", packed, "-p", "the", "--max-new-tokens", 16, "--json", *flags)
+        return str(quantkit(*arguments).json["text"])
+
+    assert text("--temperature", 1) == text("--temperature", 1, "--seed", 0)
+    assert text("--temperature", 1) != text("--temperature", 1, "--seed", 1)
+    assert text() == text("--seed", 1)  # the most likely token needs no chance
+
+
+def test_an_ordinary_model_and_an_empty_prompt(inputs: Inputs) -> None:
+    done = quantkit("generate", inputs.model, "--prompt", "", "--max-new-tokens", 4, "--json")
+    assert done.exit_code == 0
+    assert done.json["prompt"] == ""
+
+
+def test_the_models_limit(packed: Path) -> None:
+    near = quantkit("generate", packed, "--prompt", "a" * 254, "--json")
+    assert near.json["new_tokens"] <= 2
+    assert near.stderr == "the model's limit is 256 tokens: generating at most 2\n"
+    beyond = quantkit("generate", packed, "--prompt", "a" * 256)
+    assert beyond.exit_code == 2
+    assert beyond.error == "the prompt has 256 tokens, the model's limit is 256; shorten it"
+
+
+def test_refusals(packed: Path, tmp_path: Path) -> None:
+    for arguments, exit_code, message in (
+        ((tmp_path / "nowhere",), 1, "no folder"),
+        ((packed, "--device", "abacus"), 2, "unknown device 'abacus'"),
+        ((packed, "--dtype", "int3"), 2, "unknown dtype 'int3'"),
+    ):
+        done = quantkit("generate", *arguments, "--prompt", "a")
+        assert done.exit_code == exit_code
+        assert message in done.error
