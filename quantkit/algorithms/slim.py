@@ -24,7 +24,7 @@ from torch import Tensor
 from quantkit.algorithms.grids import GridFit, minmax
 from quantkit.algorithms.hessian import damped, damped_inverse_factor, without_dead_columns
 from quantkit.algorithms.rtn import fake_quantize
-from quantkit.errors import RequestError
+from quantkit.errors import NumericalError, RequestError
 
 _FLOOR = 1e-6  # both distributions are clamped here, as in the authors' code
 
@@ -56,10 +56,13 @@ def sba(weight: Tensor, hessian: Tensor, config: SBAConfig, inputs: Tensor | Non
         ``n_groups`` widths with mean ``config.bits``.
 
     Raises:
-        RequestError: the average leaves no room on one side (1 or 8 bits).
+        RequestError: the average leaves no room on one side (1 or 8 bits). NumericalError: NaN or Inf in the weight or
+            the Hessian.
     """
     if not 2 <= config.bits <= 7:
         raise RequestError(f"slim mixes {config.bits - 1}, {config.bits} and {config.bits + 1} bits; use --bits 2 to 7")
+    if not torch.isfinite(weight).all():
+        raise NumericalError("the weight holds NaN or Inf; the checkpoint is damaged")
     W, H = without_dead_columns(weight, hessian)
     U, damping = damped_inverse_factor(H, config.damping)
     order = torch.argsort(group_salience(W, U, config.group_size), stable=True)

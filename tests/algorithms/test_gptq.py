@@ -326,11 +326,11 @@ def wide(weight: Tensor, bits: int, symmetric: bool, metric: Tensor) -> Grid:
 
 @every_order
 def test_unclipped_loss_is_bounded_and_a_third_of_the_bound_on_average(act_order: ActOrder) -> None:
-    """|E[:, c]| <= s / (2 U_cc): row loss <= sum_c s_c^2 / (4 U_cc^2); rounding errors are uniform, so a third of it."""
+    """|E[:, c]| <= s / (2 U_cc): row loss <= sum_c s_c^2 / (4 U_cc^2). Rounding errors are uniform: a third of it."""
     n_rows, in_features, n_groups = 400, 32, 2
     weight, hessian = random_weight(n_rows, in_features, 15), random_hessian(in_features, 15)
     solution = solve(weight, hessian, (6,) * n_groups, wide, config=GPTQConfig(act_order=act_order)).weight
-    assert 0 < solution.codes.min()
+    assert solution.codes.min() > 0
     assert solution.codes.max() < 63
     H = damped(hessian, 0.01)
     losses = output_loss(weight, value(solution), H)

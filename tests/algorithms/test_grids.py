@@ -310,7 +310,7 @@ def test_search_in_chunks_equals_search_at_once(name: str, rows: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3])
 @pytest.mark.parametrize("seed", range(4))
 def test_salient_error_falls_as_its_weight_grows(bits: int, seed: int) -> None:
-    """argmin of A + t B over a fixed set: B never grows with t (exchange argument), and A + t B is never above min-max's."""
+    """argmin of A + t B over a fixed set: B never grows with t (exchange argument), nor is A + t B above min-max's."""
     weight, metric = random_weight(8, 32, seed), metric_of(32, seed)
     mask = salient_mask(weight, metric)
     assert 0 < mask.sum() < mask.numel()

@@ -1,4 +1,4 @@
-"""The factor of the inverse Hessian: identities, an independent route, and every way in which a Hessian can be broken."""
+"""The factor of the inverse Hessian: identities, an independent route, every way in which a Hessian can be broken."""
 
 from __future__ import annotations
 
@@ -149,10 +149,10 @@ def test_singular_hessian_passes_with_the_default_damping(kind: str) -> None:
 def test_hopeless_hessian_raises_with_the_last_damping_tried() -> None:
     """Eigenvalue -99 against a mean diagonal of 1: ten doublings from 0.01 end at 5.12."""
     hopeless = torch.tensor([[1.0, 100.0], [100.0, 1.0]])
-    message = "not positive definite at damping 5.12; use more calibration text or --set damping=1"
+    message = r"not positive definite at damping 5\.12; use more calibration text or --set damping=1"
     with pytest.raises(NotPositiveDefiniteError, match=message):
         damped_inverse_factor(hopeless, 0.01)
-    with pytest.raises(NotPositiveDefiniteError, match="at damping 0.0256"):
+    with pytest.raises(NotPositiveDefiniteError, match=r"at damping 0\.0256"):
         damped_inverse_factor(hopeless, 0.0)
 
 

@@ -10,7 +10,7 @@ from strategies import random_hessian, random_inputs, random_weight
 from torch import Tensor
 
 from quantkit.algorithms.gptq import GPTQConfig, gptq
-from quantkit.algorithms.grids import GRIDS
+from quantkit.algorithms.grids import GRIDS, Grid
 from quantkit.algorithms.hessian import damped, damped_inverse_factor, without_dead_columns
 from quantkit.algorithms.rtn import rtn
 from quantkit.algorithms.slim import SBAConfig, group_salience, sba, widths_for
@@ -201,7 +201,7 @@ def test_search_grid_is_used() -> None:
     """The errors that are compared are those of the grid that the solver will use."""
     seen: list[int] = []
 
-    def spy(weight: Tensor, bits: int, symmetric: bool, metric: Tensor):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    def spy(weight: Tensor, bits: int, symmetric: bool, metric: Tensor) -> Grid:
         seen.append(bits)
         return GRIDS["mse"](weight, bits, symmetric, metric)
 
@@ -231,8 +231,10 @@ def test_divergence_of_outputs_needs_inputs(inputs: Tensor | None) -> None:
         sba(weight, hessian, SBAConfig(group_size=GROUP, criterion="kl"), inputs)
 
 
-def test_broken_hessian_is_refused() -> None:
+def test_nan_and_inf_are_refused() -> None:
     weight, _, hessian = layer(2, 0)
+    with pytest.raises(NumericalError, match="the weight holds NaN or Inf; the checkpoint is damaged"):
+        sba(weight / 0, hessian, SBAConfig(group_size=GROUP))
     hessian[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="the Hessian holds NaN or Inf"):
         sba(weight, hessian, SBAConfig(group_size=GROUP))
