@@ -52,6 +52,10 @@ class Recipe:
     solver: str = field(default="gptq", metadata={"help": "how codes are chosen"})
     damping: float = field(default=0.01, metadata={"help": "added to diag(H), as a fraction of its mean"})
     act_order: str = field(default="none", metadata={"help": "visit columns by descending diag(H): group or full"})
+    correction: float = field(
+        default=0.0, metadata={"help": "aim at the float model's outputs: 0 not, 1 all the way, 0.5 recommended"}
+    )
+    refine: int = field(default=0, metadata={"help": "rounds of least-squares scales and coordinate descent after it"})
     sequential: bool = field(default=False, metadata={"help": "quantize a block in stages, re-reading inputs"})
     criterion: str = field(default="mse", metadata={"help": "sba: mse (Hessian) or kl (the authors')"})
 
@@ -83,6 +87,12 @@ class Recipe:
             raise RequestError("allocator=sba needs groups: its unit is a group of columns; use --group-size 128")
         if self.act_order != "none" and self.solver == "rtn":
             raise RequestError("act_order orders the compensation of errors; solver=rtn compensates none")
+        if not 0 <= self.correction <= 1:
+            raise RequestError(f"correction is a share of the way, 0 to 1, not {self.correction:g}")
+        if self.correction and self.solver == "rtn":
+            raise RequestError("correction changes what a compensating solver aims at; solver=rtn compensates nothing")
+        if not 0 <= self.refine <= 100:
+            raise RequestError(f"refine is a number of rounds, 0 to 100, not {self.refine}")
 
     def _check_widths(self) -> None:
         if not self.mixes_widths:
@@ -139,7 +149,7 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         scores = self.allocator not in ("uniform", "zd", "random")  # these need no activations
-        return self.solver != "rtn" or scores or self.grid_name == "hessian"
+        return self.solver != "rtn" or self.refine > 0 or scores or self.grid_name == "hessian"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | ({} if self.bpw is None else {"bits": None})

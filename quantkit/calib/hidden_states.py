@@ -25,9 +25,10 @@ class HiddenStates:
     They stay on the compute device, on the CPU, or in a memory-mapped file of ``folder`` (``offload="disk"``).
     """
 
-    def __init__(self, offload: str = "cpu", folder: Path | None = None) -> None:
+    def __init__(self, offload: str = "cpu", folder: Path | None = None, name: str = "hidden") -> None:
         self._offload = offload
         self._folder = folder
+        self._name = name
         self._samples: list[Tensor] = []
 
     def __len__(self) -> int:
@@ -48,7 +49,7 @@ class HiddenStates:
 
     def _empty(self, index: int, like: Tensor) -> Tensor:
         assert self._folder is not None
-        path = self._folder / f"hidden-{index:05d}.bin"
+        path = self._folder / f"{self._name}-{index:05d}.bin"
         path.unlink(missing_ok=True)  # a fresh file: an older one may have another size
         _reserve(path, like.numel() * like.itemsize)
         mapped = torch.from_file(str(path), shared=True, size=like.numel(), dtype=like.dtype)

@@ -22,11 +22,16 @@ class InputStatistics:
     in_features: int
     n_tokens: int = 0
     gram: Tensor | None = None  # float32 [in, in], sum of x x^T
+    cross_gram: Tensor | None = None  # float32 [in, in], sum of x~ x^T, x~ the same token's input in the float model
     sample: list[Tensor] = field(default_factory=list)  # float32 [<= sample_rows, in] in pieces
 
     def hessian(self) -> Tensor | None:
         """(2 / n_tokens) X^T X, float32 ``[in, in]``; None when no token arrived."""
         return None if self.gram is None else self.gram * (2 / self.n_tokens)
+
+    def cross(self) -> Tensor | None:
+        """(2 / n_tokens) X~^T X, float32 ``[in, in]``; None where the float model's inputs were not offered."""
+        return None if self.cross_gram is None else self.cross_gram * (2 / self.n_tokens)
 
     def rows(self) -> Tensor:
         """The sampled rows, float32 ``[n, in]``."""
@@ -47,6 +52,7 @@ class StatisticsRecorder:
         self._leader: dict[str, str] = {}  # linear -> the linear whose statistics it shares
         self._seen: list[tuple[Tensor, str]] = []  # inputs of the running call; kept alive so that identity is sound
         self._statistics: dict[str, InputStatistics] = {}
+        self._float_inputs: Mapping[str, Tensor] = {}
 
     def leader(self, name: str) -> str:
         """The linear under whose name the statistics of ``name`` were gathered."""
@@ -71,9 +77,14 @@ class StatisticsRecorder:
                 handle.remove()
             self._seen.clear()
 
-    def next_call(self) -> None:
-        """Between two calls of the block: forget which inputs were seen."""
+    def next_call(self, float_inputs: Mapping[str, Tensor] | None = None) -> None:
+        """Before each call of the block: forget which inputs were seen.
+
+        Args:
+            float_inputs: what the same linears receive in the float model for the same tokens; gathers `cross_gram`.
+        """
         self._seen.clear()
+        self._float_inputs = float_inputs or {}
 
     def _hook(self, name: str, linear: nn.Module) -> RemovableHandle:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -95,6 +106,28 @@ class StatisticsRecorder:
         gram = rows.t() @ rows
         entry.gram = gram if entry.gram is None else entry.gram.add_(gram)
         entry.n_tokens += rows.shape[0]
+        if name in self._float_inputs:
+            cross = self._float_inputs[name].reshape(rows.shape).float().t() @ rows
+            entry.cross_gram = cross if entry.cross_gram is None else entry.cross_gram.add_(cross)
         if self._rows_per_call:
             step = max(1, rows.shape[0] // self._rows_per_call)
             entry.sample.append(rows[::step][: self._rows_per_call].cpu())
+
+
+@contextmanager
+def inputs_of(linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collects the latest input of each linear while a block runs inside this context."""
+    latest: dict[str, Tensor] = {}
+
+    def hook(name: str, linear: nn.Module) -> RemovableHandle:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            latest[name] = args[0].detach()
+
+        return linear.register_forward_pre_hook(keep)
+
+    handles = [hook(name, linear) for name, linear in linears.items()]
+    try:
+        yield latest
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -7,8 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quantkit.algorithms.correction import corrected_target
 from quantkit.algorithms.gptq import GPTQConfig, gptq
 from quantkit.algorithms.grids import GRIDS
+from quantkit.algorithms.hessian import damped, without_dead_columns
+from quantkit.algorithms.refine import refine
 from quantkit.algorithms.rtn import rtn
 from quantkit.algorithms.slim import SBAConfig, sba
 from quantkit.calib.statistics import InputStatistics
@@ -21,7 +24,7 @@ SAMPLE_ROWS = 8192  # inputs kept per linear when an allocator looks at outputs
 
 
 class Solved(NamedTuple):
-    """A quantized linear, ||X (W - Q)^T|| / ||X W^T||, and the damping that the solver needed (0: none)."""
+    """A quantized linear, ||X (T - Q)^T|| / ||X T^T|| with T the weight (or the corrected target), and the damping that the solver needed (0: none)."""
 
     weight: GroupedInt
     relative_error: float
@@ -54,6 +57,9 @@ def _solve(linear: Linear, weight: Tensor, statistics: InputStatistics | None, r
     if recipe.allocator == "sba":
         bits = _allocate_sba(weight, hessian, statistics, group_size, recipe)
     fit = GRIDS[recipe.grid_name]
+    cross = statistics.cross() if statistics else None
+    if cross is not None and hessian is not None:
+        weight = corrected_target(weight, hessian, cross, recipe.correction, recipe.damping)
     if recipe.solver == "rtn":
         quantized, damping = rtn(weight, bits, recipe.symmetric, fit, hessian), 0.0
     else:
@@ -61,6 +67,10 @@ def _solve(linear: Linear, weight: Tensor, statistics: InputStatistics | None, r
         config = GPTQConfig(damping=recipe.damping, act_order=recipe.act_order)  # type: ignore[arg-type]
         solution = gptq(weight, hessian, bits, recipe.symmetric, fit, config)
         quantized, damping = solution.weight, solution.damping
+    if recipe.refine:
+        assert hessian is not None
+        target, metric = without_dead_columns(weight, hessian)
+        quantized = refine(target, damped(metric, max(damping, recipe.damping)), quantized, recipe.refine)
     return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import resource
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from quantkit.calib.datasets import Calibration
 from quantkit.calib.hidden_states import BlockCalls, HiddenStates, capture_block_inputs
 from quantkit.calib.sources import source_name
-from quantkit.calib.statistics import StatisticsRecorder
+from quantkit.calib.statistics import StatisticsRecorder, inputs_of
 from quantkit.formats.checkpoint import TRIPWIRE, has_tripwire
 from quantkit.formats.files import read_json, write_json
 from quantkit.formats.grouped_int import NAME, GroupedIntSpec, pack, unpack
@@ -144,6 +145,7 @@ class _Walk:
         self.seed = request.seed
         self.offload = "cpu" if device.type == "cpu" and request.offload == "none" else request.offload
         self.hidden = HiddenStates(self.offload, journal.folder)
+        self.float_hidden: HiddenStates | None = None  # the float model's, where the recipe corrects towards it
         self.calls: BlockCalls | None = None
         self.widths: dict[str, int] = {}  # of each linear, where the recipe mixes them
 
@@ -156,6 +158,8 @@ class _Walk:
             self.widths = self._allocate()
         if self.calibration is not None and n_finished < len(blocks):
             self._capture(self.calibration.input_ids)
+            if self.recipe.correction:
+                self._fork_float_stream()
         for index, block in enumerate(blocks):
             if index >= n_finished:
                 self._quantize_block(index, block)
@@ -211,20 +215,28 @@ class _Walk:
         )
         self.skeleton.release_surroundings()
 
+    def _fork_float_stream(self) -> None:
+        """Until the first block is quantized, the float model's hidden states are the same."""
+        self.float_hidden = HiddenStates(self.offload, self.journal.folder, name="float")
+        for sample in range(len(self.hidden)):
+            self.float_hidden.append(self.hidden[sample])
+
     def _quantize_block(self, index: int, block: Block) -> None:
         began = time.perf_counter()
         self.listener.block_started(index, len(block.linears))
         module = self.skeleton.load_block(index, self.device, self.dtype)
+        float_module = copy.deepcopy(module) if self.float_hidden is not None else None
         tensors: dict[str, Tensor] = {}
         entries: dict[str, dict[str, Any]] = {}
         for stage in self._stages(index, block, module):
-            recorder = self._record(index, module, stage)
+            recorder = self._record(index, module, stage, float_module)
             for linear in stage:
                 solved = self._solve(linear, module, recorder)
                 self._store(linear, solved, tensors, entries)
                 _set_weight(module, linear, solved.weight.dequantize())
         if index + 1 < len(self.skeleton.blocks):
             self._advance(index, module)
+            self._advance_float(index, float_module)
         self.skeleton.release_block(index)
         seconds = time.perf_counter() - began
         self.journal.finish_block(index, tensors, seconds, entries)
@@ -233,6 +245,7 @@ class _Walk:
     def _replay_block(self, index: int, block: Block) -> None:
         """A finished block, run again from its packed tensors: the same bytes give the same hidden states."""
         module = self.skeleton.load_block(index, self.device, self.dtype)
+        self._advance_float(index, module)
         refs = read_header(self.journal.block_path(index))
         for linear in block.linears:
             spec = GroupedIntSpec.from_json(self.journal.finished[index].modules[linear.name]["spec"])
@@ -261,7 +274,9 @@ class _Walk:
             stages.setdefault(leaders.get(kind, kind), []).append(linear)
         return list(stages.values())
 
-    def _record(self, index: int, module: nn.Module, stage: list[Linear]) -> StatisticsRecorder | None:
+    def _record(
+        self, index: int, module: nn.Module, stage: list[Linear], float_module: nn.Module | None
+    ) -> StatisticsRecorder | None:
         if self.calls is None:
             return None
         wants_rows = self.recipe.allocator == "sba" and self.recipe.criterion == "kl"
@@ -269,17 +284,35 @@ class _Walk:
         recorder = StatisticsRecorder({linear.path: module.get_submodule(linear.path) for linear in stage}, rows)
         with recorder.recording():
             for sample in range(len(self.hidden)):
+                recorder.next_call(self._float_inputs(index, float_module, stage, sample))
                 self._call(index, module, sample)
-                recorder.next_call()
         return recorder
+
+    def _float_inputs(
+        self, index: int, float_module: nn.Module | None, stage: list[Linear], sample: int
+    ) -> dict[str, Tensor]:
+        """What the linears of a stage receive in the float model; experts are left out: their tokens may differ."""
+        if float_module is None:
+            return {}
+        linears = {item.path: float_module.get_submodule(item.path) for item in stage if ".experts." not in item.path}
+        with inputs_of(linears) as inputs:
+            self._call(index, float_module, sample, self.float_hidden)
+        return inputs
+
+    def _advance_float(self, index: int, module: nn.Module | None) -> None:
+        if self.float_hidden is None or module is None:
+            return
+        for sample in range(len(self.float_hidden)):
+            self.float_hidden[sample] = self._call(index, module, sample, self.float_hidden)
 
     def _advance(self, index: int, module: nn.Module) -> None:
         for sample in range(len(self.hidden)):
             self.hidden[sample] = self._call(index, module, sample)
 
-    def _call(self, index: int, module: nn.Module, sample: int) -> Tensor:
+    def _call(self, index: int, module: nn.Module, sample: int, hidden_states: HiddenStates | None = None) -> Tensor:
         assert self.calls is not None
-        output = module(self.hidden[sample].to(self.device), **self.calls[index][sample])
+        states = self.hidden if hidden_states is None else hidden_states
+        output = module(states[sample].to(self.device), **self.calls[index][sample])
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
