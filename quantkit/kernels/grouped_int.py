@@ -106,7 +106,7 @@ def _add_segment(out: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bits: i
     n_columns = count * group_size
     n_blocks = -(-n_columns // period)
     padded = torch.nn.functional.pad(x.reshape(m, n_columns), (0, n_blocks * period - n_columns))
-    x_planes = padded.reshape(m, n_blocks, period).transpose(1, 2).reshape(m, -1)
+    x_planes = padded.reshape(m, n_blocks, period).transpose(1, 2).flatten(1)
     tile_bytes = _TILE_BYTES_WIDE if m >= _WIDE_ROWS else _TILE_BYTES
     step = max(1, tile_bytes // (4 * n_blocks * period))
     tile = x.new_empty(min(step, out.shape[1]), period, n_blocks)

@@ -9,8 +9,8 @@ packed fields into a pair of matrix operands:
 
 Both are exact, products are summed in float32, and the power of two goes into the group scale. The constant part
 (bfloat16's 128, and the zero of a symmetric grid) is subtracted by a second product with a constant operand; a stored
-zero needs the group sum of x, which is a product with ones. Either costs a tensor-core instruction per 256 weights,
-not an instruction per weight, and no pass over x before the kernel.
+zero needs the sum of x over its group, which is a product with ones. Either costs a tensor-core instruction per 256
+weights, not an instruction per weight, and no pass over x before the kernel.
 
 Several programs may share a row tile, each with a range of blocks of one segment; the last to arrive adds the partial
 sums in a fixed order, so the result does not depend on scheduling, and resets its counter.
@@ -144,7 +144,7 @@ def _plane(
 @triton.jit
 def _multiply_add(a, b, acc, ASM: tl.constexpr):
     """acc + a @ b, summed in float32."""
-    if ASM:
+    if ASM or a.dtype == tl.float16:
         return tl.dot(a, b, acc, out_dtype=tl.float32)
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee", out_dtype=tl.float32)
@@ -158,34 +158,28 @@ def _add_constant(x, acc, VALUE: tl.constexpr, BF16: tl.constexpr, ASM: tl.const
 
 @triton.jit
 def _plane_product(
-    first, second, third, x, zero, FIELD: tl.constexpr, BITS: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr,
+    first, second, third, x, ZERO: tl.constexpr, FIELD: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
     BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """sum of (code - zero) * x over one plane, times the operand's unit: [ROWS, columns of x].
-
-    ZERO is the constant zero, or None: subtract ``zero`` [ROWS], in code units.
-    """
-    UNIT: tl.constexpr = _field_unit(BITS, FIELD, BF16)
+    """sum of (code - ZERO) * x over one plane, times the operand's unit: [ROWS, columns of x]."""
     HALVES: tl.constexpr = BF16 and BITS == 8
-    BASE: tl.constexpr = 128.0 if BF16 else 0.0
-    operand = _plane(first, second, third, FIELD, BITS, BF16, ASM)
+    OFFSET: tl.constexpr = ZERO * _field_unit(BITS, FIELD, BF16) + (128.0 if BF16 else 0.0)
     product = tl.zeros((ROWS, x.shape[1]), tl.float32)
-    if HALVES:  # upper four bits under the exponent of 2048, whose last mantissa bit is worth 16
-        high = _field(first, FIELD * 8 + 4, 0xF, 0x4500, BF16, ASM)
-        product = _multiply_add(high, x, product, ASM)
-    if ZERO is None:
-        total = _add_constant(x, tl.zeros((ROWS, x.shape[1]), tl.float32), 1.0, BF16, ASM)
-    elif HALVES:
+    if HALVES:  # upper four bits under the exponent of 2048, whose last mantissa bit is worth 16; the zero is in them
         product = _add_constant(x, product, -2048.0 - ZERO, BF16, ASM)
-        product = _add_constant(x, product, -BASE, BF16, ASM)
-    else:
-        product = _add_constant(x, product, -BASE - ZERO * UNIT, BF16, ASM)
-    product = _multiply_add(operand, x, product, ASM)
-    if ZERO is None:
-        OFFSET: tl.constexpr = 2176.0 if HALVES else BASE
-        return product - (zero * UNIT + OFFSET)[:, None] * total
-    else:
-        return product
+        product = _add_constant(x, product, -128.0, BF16, ASM)
+        product = _multiply_add(_field(first, FIELD * 8 + 4, 0xF, 0x4500, BF16, ASM), x, product, ASM)
+    elif OFFSET != 0:
+        product = _add_constant(x, product, -OFFSET, BF16, ASM)
+    return _multiply_add(_plane(first, second, third, FIELD, BITS, BF16, ASM), x, product, ASM)
+
+
+@triton.constexpr_function
+def _ends_group(field, planes, ratio):
+    """Whether the next plane of the block may be of another group (``ratio`` planes), or of another block."""
+    if planes % ratio == 0:
+        return (field + 1) % ratio == 0
+    return field + 1 == planes or ratio % planes != 0
 
 
 @triton.jit
@@ -210,6 +204,7 @@ def _segment_sum(
         if PARTS == 3:
             second = tl.load(words + WIDTH, eviction_policy="evict_first")
             third = tl.load(words + 2 * WIDTH, eviction_policy="evict_first")
+        total = tl.zeros(acc.shape, tl.float32)  # sums of x over the group's planes so far, if zeros are stored
         for field in tl.static_range(PLANES):
             plane = block * PLANES + field
             limit = n_tokens
@@ -225,15 +220,20 @@ def _segment_sum(
                 column = first_group * GROUP + plane * WIDTH
             x = tl.load(x_columns + column, mask=tokens[None, :] < limit, other=0.0)
             scale = tl.load(scales + group * scale_stride).to(tl.float32)
-            zero = scale
-            if ZERO is None:
-                zero = tl.load(zeros + group * scale_stride).to(tl.float32)
-            product = _plane_product(first, second, third, x, zero, field, BITS, ZERO, acc.shape[0], BF16, ASM)
+            product = _plane_product(
+                first, second, third, x, 0.0 if ZERO is None else ZERO, field, BITS, acc.shape[0], BF16, ASM
+            )
             acc += (scale * (1.0 / _field_unit(BITS, field, BF16)))[:, None] * product
+            if ZERO is None:
+                total = _add_constant(x, total, 1.0, BF16, ASM)
+                if _ends_group(field, PLANES, RATIO):
+                    zero = tl.load(zeros + group * scale_stride).to(tl.float32)
+                    acc -= (scale * zero)[:, None] * total
+                    total = tl.zeros(acc.shape, tl.float32)
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "segments"])
 def fused_kernel(
     x, words, scales, zeros, order, bias, y, partial, counters, n_tokens, n_rows, n_columns, scale_stride,
     segments, BITS: tl.constexpr, WIDTHS: tl.constexpr, RAGGED: tl.constexpr, CONSTANT_ZEROS: tl.constexpr,
@@ -243,8 +243,8 @@ def fused_kernel(
     """y [n_tokens, n_rows] = x [n_tokens, n_columns] @ weight^T + bias. Grid (row tiles, SPLITS, token tiles).
 
     Args:
-        segments: per segment (word offset, row stride in words, blocks, blocks per split, splits, first group, planes).
-            The stride is an argument because a stride computed here would hide that it is a multiple of 16.
+        segments: per segment (word offset / 16, words per row / 16, blocks, blocks per split, splits, first group,
+            planes). The division shows the compiler that loads are aligned, without one compilation per value.
         partial: float32 [token tiles, SPLITS, TOKENS, n_rows], any content; counters: zeros before and after.
         BITS, WIDTHS, RAGGED, CONSTANT_ZEROS: one entry per segment; RAGGED: its last block has planes without columns.
     """
@@ -257,7 +257,7 @@ def fused_kernel(
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     first_split = 0
     for index in tl.static_range(len(BITS)):
-        word_offset, row_stride, n_blocks, per_split, n_splits, first_group, n_planes = segments[index]
+        offset16, stride16, n_blocks, per_split, n_splits, first_group, n_planes = segments[index]
         local = split - first_split  # below 0 or from n_splits on: another segment's split, no block is visited
         first_block = tl.maximum(local, 0) * per_split
         last_block = tl.minimum(tl.minimum(tl.maximum(local + 1, 0), n_splits) * per_split, n_blocks)
@@ -266,7 +266,7 @@ def fused_kernel(
             acc,
             x + tokens.to(tl.int64)[None, :] * n_columns + inner[:, None],
             tokens, n_tokens,
-            words + word_offset + rows.to(tl.int64)[:, None] * row_stride + inner[None, :],
+            words + offset16.to(tl.int64) * 16 + rows.to(tl.int64)[:, None] * (stride16 * 16) + inner[None, :],
             scales + rows, zeros + rows, order, first_block, last_block, first_group, n_planes, scale_stride,
             BITS[index], WIDTHS[index], RAGGED[index], GROUP, CONSTANT_ZEROS[index], ORDERED, BF16, ASM,
         )  # fmt: skip
@@ -292,9 +292,9 @@ def fused_kernel(
         tl.store(out, acc.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "n_rows", "stride16", "first_group", "n_planes"])
 def dequantize_kernel(
-    words, scales, zeros, order, out, first_row, n_rows, n_columns, scale_stride, row_stride, first_group, n_planes,
+    words, scales, zeros, order, out, first_row, n_rows, n_columns, scale_stride, stride16, first_group, n_planes,
     BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ORDERED: tl.constexpr,
     ROWS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -307,7 +307,7 @@ def dequantize_kernel(
     inner = tl.arange(0, WIDTH)
     inside = local < n_rows
     rows = tl.minimum(local, n_rows - 1) + first_row
-    source = words + rows.to(tl.int64)[:, None] * row_stride + block * (PARTS * WIDTH) + inner[None, :]
+    source = words + rows.to(tl.int64)[:, None] * (stride16 * 16) + block * (PARTS * WIDTH) + inner[None, :]
     first = tl.load(source)
     second = first
     third = first

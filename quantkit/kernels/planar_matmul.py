@@ -40,16 +40,19 @@ class Config:
     max_registers: int | None = None
 
 
-# Measured on one H200 (benchmarks/bench_grouped_int.py): by tokens, then by the widest segment.
+# By tokens, then by the planes of a block (16 for 1 and 3 bits, 8, 4, 2): more planes need more registers.
 _CONFIGS = {
-    8: Config(rows=32, warps=2, tokens=8, stages=3),
-    16: Config(rows=32, warps=2, tokens=16, stages=3),
-    64: Config(rows=64, warps=4, tokens=32, stages=2),
+    8: {16: Config(rows=32, warps=2, tokens=8, stages=3)},
+    16: {16: Config(rows=64, warps=4, tokens=16, stages=2)},
+    64: {8: Config(rows=64, warps=4, tokens=32, stages=2), 16: Config(rows=64, warps=4, tokens=16, stages=2)},
 }
 
 
-def choose_config(n_tokens: int) -> Config:
-    return next(config for most, config in _CONFIGS.items() if n_tokens <= most)
+def choose_config(n_tokens: int, segments: tuple[PlanarSegment, ...]) -> Config:
+    """The launch shape for 1 to `MAX_FUSED_TOKENS` tokens."""
+    by_planes = next(configs for most, configs in _CONFIGS.items() if n_tokens <= most)
+    planes = max(segment.planes_per_block for segment in segments)
+    return next(config for most, config in by_planes.items() if planes <= most)
 
 
 def choose_splits(segments: tuple[PlanarSegment, ...], n_rows: int, config: Config) -> tuple[int, ...]:
@@ -70,8 +73,9 @@ def planar_matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], b
         return x.new_empty(0, spec.out_features)
     if x.shape[0] > MAX_FUSED_TOKENS or x.dtype == torch.float32:
         return _dequantized_matmul(x, spec, tensors, bias)
-    config = choose_config(x.shape[0])
-    per_split = choose_splits(planar_segments(spec), padded_rows(spec), config)
+    segments = planar_segments(spec)
+    config = choose_config(x.shape[0], segments)
+    per_split = choose_splits(segments, padded_rows(spec), config)
     return fused_matmul(x.contiguous(), spec, tensors, bias, config=config, per_split=per_split)
 
 
@@ -171,7 +175,7 @@ def fused_launch(
 
 def _segment_numbers(segment: PlanarSegment, per_split: int, splits: int) -> tuple[int, ...]:
     first, planes = segment.first_group, segment.n_planes
-    return segment.word_offset, segment.row_words, segment.n_blocks, per_split, splits, first, planes
+    return segment.word_offset // 16, segment.row_words // 16, segment.n_blocks, per_split, splits, first, planes
 
 
 def _constant_zero(spec: GroupedIntSpec, segment: PlanarSegment) -> float | None:
@@ -210,7 +214,7 @@ def dequantize_launches(
                 "n_rows": out.shape[0],
                 "n_columns": spec.in_features,
                 "scale_stride": padded_rows(spec),
-                "row_stride": segment.row_words,
+                "stride16": segment.row_words // 16,
                 "first_group": segment.first_group,
                 "n_planes": segment.n_planes,
                 "BITS": segment.bits,

@@ -1,0 +1,134 @@
+"""Compiles the kernels for an H100/H200 (sm_90) without a GPU and reads the machine code.
+
+Catches what the interpreter accepts and the compiler does not, and the ways in which a kernel gets slow silently:
+registers spilled to memory, weights loaded two bytes at a time, products that miss the tensor core.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.formats.grouped_int import GroupedIntSpec
+from quantkit.kernels.planar import planar_segments, to_planar
+from quantkit.kernels.planar_matmul import (
+    choose_config,
+    choose_splits,
+    dequantize_launches,
+    fused_launch,
+    partial_size,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton was imported as interpreter"),
+]
+SHARED_LIMIT = 232448  # bytes of one sm_90 block
+WIDTHS = [1, 2, 3, 4, 8]
+
+
+class Sm90:
+    """Stands where Triton expects the driver of a device: compiling asks for the target only."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compile_for_sm90(tmp_path, monkeypatch):
+    """A function that compiles a kernel for the arguments of a launch and returns (metadata, SASS, resources)."""
+    triton = pytest.importorskip("triton")
+    tool = shutil.which("cuobjdump") or str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    if not Path(tool).exists():
+        pytest.skip("no cuobjdump, in this Triton or on the PATH")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    had_driver = triton.runtime.driver._active
+    triton.runtime.driver.set_active(Sm90())
+
+    def compile_kernel(kernel, grid, arguments):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Triton's own, about its defaults
+            compiled = kernel.warmup(grid=grid, **arguments, ASM=True)
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+
+        def dump(option: str) -> str:
+            return subprocess.run([tool, option, str(cubin)], capture_output=True, text=True, check=True).stdout
+
+        resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage"))}
+        return compiled.metadata, dump("-sass"), resources
+
+    yield compile_kernel
+    triton.runtime.driver._active = had_driver
+
+
+def layer(counts: dict[int, int], symmetric: bool, group_size: int = 128) -> tuple[GroupedIntSpec, dict]:
+    spec = GroupedIntSpec(
+        out_features=192,
+        in_features=group_size * sum(counts.values()),
+        group_size=group_size,
+        segments=tuple(counts.items()),
+        symmetric=symmetric,
+    )
+    stored = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in spec.tensor_layout().items()}
+    return spec, to_planar(spec, stored)
+
+
+def check_fused(compile_kernel, spec, tensors, m, dtype):
+    from quantkit.kernels.grouped_int_triton import fused_kernel
+
+    segments = planar_segments(spec)
+    config = choose_config(m, segments)
+    per_split = choose_splits(segments, spec.out_features, config)
+    x, out = torch.zeros(m, spec.in_features, dtype=dtype), torch.zeros(m, spec.out_features, dtype=dtype)
+    partial = torch.zeros(partial_size(m, spec, config, per_split))
+    grid, arguments = fused_launch(x, spec, tensors, None, out, partial, config=config, per_split=per_split)
+    metadata, sass, resources = compile_kernel(fused_kernel, grid, arguments)
+    assert metadata.shared <= SHARED_LIMIT
+    assert resources["LOCAL"] == resources["STACK"] == 0  # nothing spilled
+    assert re.search(r"\bHG?MMA\.", sass)
+    assert "LDGSTS.E.BYPASS.128" in sass  # weights and x: asynchronous copies of 16 bytes
+    assert not re.search(r"LDGSTS\.E(\.BYPASS)?(\.U?(8|16))? ", sass)  # and nothing narrower
+
+
+@pytest.mark.parametrize(("dtype", "symmetric"), [(torch.float16, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_one_token(compile_for_sm90, bits, dtype, symmetric):
+    check_fused(compile_for_sm90, *layer({bits: 32}, symmetric), 1, dtype)
+
+
+@pytest.mark.parametrize("m", [16, 64])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_more_tokens(compile_for_sm90, bits, m):
+    check_fused(compile_for_sm90, *layer({bits: 32}, False), m, torch.bfloat16)
+
+
+def test_mixed_widths(compile_for_sm90):
+    check_fused(compile_for_sm90, *layer({2: 7, 3: 17, 4: 8}, True), 1, torch.bfloat16)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_dequantize(compile_for_sm90, bits):
+    from quantkit.kernels.grouped_int_triton import dequantize_kernel
+
+    spec, tensors = layer({bits: 32}, False)
+    out = torch.zeros(spec.out_features, spec.in_features, dtype=torch.bfloat16)
+    for grid, arguments in dequantize_launches(spec, tensors, 0, out):
+        _, sass, resources = compile_for_sm90(dequantize_kernel, grid, arguments)
+        assert resources["LOCAL"] == resources["STACK"] == 0
+        assert "STG.E.128" in sass

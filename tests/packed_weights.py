@@ -1,0 +1,71 @@
+"""Random quantized weights and the error bounds of products with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.formats.grouped_int import GroupedInt, symmetric_zero
+
+
+def random_weight(
+    seed: int, out_features: int, group_size: int, bits: tuple[int, ...], symmetric: bool = False
+) -> GroupedInt:
+    """Codes over the whole range (both ends appear), scales over two decades, one row of smallest scales."""
+    generator = torch.Generator().manual_seed(seed)
+    n_groups = len(bits)
+    codes, zeros = [], []
+    for width in bits:
+        group = torch.randint(2**width, (out_features, group_size), generator=generator, dtype=torch.uint8)
+        group[0] = 2**width - 1
+        group[-1] = 0
+        codes.append(group)
+        if symmetric:
+            zeros.append(torch.full((out_features, 1), symmetric_zero(width)))
+        elif width == 1:
+            zeros.append(torch.rand(out_features, 1, generator=generator).half().float())
+        else:
+            zeros.append(torch.randint(2**width, (out_features, 1), generator=generator).float())
+    scales = (10 ** (2 * torch.rand(out_features, n_groups, generator=generator) - 3)).half().float()
+    scales[out_features // 2] = 2.0**-24
+    return GroupedInt(
+        codes=torch.cat(codes, 1), scales=scales, zeros=torch.cat(zeros, 1), bits=bits, symmetric=symmetric
+    )
+
+
+def activations(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers with one column in a hundred 100 times larger, as language models have, and some zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator)
+    x[..., ::101] *= 100
+    x[..., 1::17] = 0.0
+    return x.to(dtype)
+
+
+def product_and_bound(
+    x: Tensor, weight: GroupedInt, bias: Tensor | None = None, *, base: float = 0.0, unit_roundoff: float = 2.0**-24
+) -> tuple[Tensor, Tensor]:
+    """The product in float64 and a bound on the error of any float32 evaluation of it, before rounding to a dtype.
+
+    A sum of n float32 terms has an error of at most n * u * sum |term|, whatever its order, u the unit roundoff. Terms
+    are scale * code * x and scale * zero * x, each rounded a few times more on its way; ``base`` is the constant that
+    an implementation adds to the codes and subtracts again, in code units.
+    """
+    spec = weight.spec()
+    x = x.double()
+    dense = weight.dequantize().double()
+    scales = weight.scales.double().repeat_interleave(spec.group_size, 1)
+    zeros = weight.zeros.double().repeat_interleave(spec.group_size, 1)
+    magnitude = x.abs() @ (scales * (weight.codes.double() + zeros.abs() + 2 * base)).t()
+    product = x @ dense.t()
+    if bias is not None:
+        product = product + bias.double()
+        magnitude = magnitude + bias.double().abs()
+    n_terms = 2 * spec.in_features + spec.n_groups + 16
+    return product, n_terms * unit_roundoff * magnitude
+
+
+def rounding(product: Tensor, dtype: torch.dtype) -> Tensor:
+    """Largest change when ``product`` is rounded to ``dtype``, subnormal results included."""
+    info = torch.finfo(dtype)
+    return product.abs() * info.eps / 2 + info.smallest_normal * info.eps
