@@ -38,7 +38,7 @@ def linear_recipe(method: str, bits: int, group_size: int, symmetric: bool, *set
 def case(seed: int = 0) -> tuple[Linear, torch.Tensor, InputStatistics]:
     weight = random_weight(OUT, IN, seed, torch.float32)
     inputs = random_inputs(300, IN, seed).float()
-    statistics = InputStatistics(IN, len(inputs), inputs.t() @ inputs, [inputs[::2]])
+    statistics = InputStatistics(IN, n_tokens=len(inputs), gram=inputs.t() @ inputs, sample=[inputs[::2]])
     return Linear("layers.0.proj", "proj", OUT, IN), weight, statistics
 
 
@@ -164,7 +164,7 @@ def test_error_class_is_kept() -> None:
     hopeless = torch.full((IN, IN), 100.0).fill_diagonal_(1.0)
     hopeless[0, 1:] *= -1
     with pytest.raises(NotPositiveDefiniteError, match=r"^layers\.0\.proj: the Hessian is not positive definite"):
-        solve_linear(linear, weight, InputStatistics(IN, 2, hopeless), resolve("gptq", bits=3, group_size=16))
+        solve_linear(linear, weight, InputStatistics(IN, n_tokens=2, gram=hopeless), resolve("gptq", bits=3, group_size=16))
 
 
 # --- the tables ---------------------------------------------------------------------------------------------------

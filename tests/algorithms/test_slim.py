@@ -101,7 +101,7 @@ def test_cases_try_different_answers() -> None:
     for bits, n_groups, seed in CASES:
         weight, inputs, hessian = layer(n_groups, seed)
         for criterion in ("mse", "kl"):
-            config = SBAConfig(bits=bits, group_size=GROUP, criterion=criterion)  # type: ignore[arg-type]
+            config = SBAConfig(bits=bits, group_size=GROUP, criterion=criterion)
             counts.add(sba(weight, hessian, config, inputs).count(bits + 1))
     assert {0, 1, 2, 3, 4} <= counts
 
