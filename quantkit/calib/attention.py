@@ -1,0 +1,337 @@
+"""What attention does with the outputs of the query, key and value projections, as second-order statistics per head.
+
+A rounding error dW of a projection changes the attention module's output. To first order, and per head h with its rows
+W_O of the output projection, B = W_O^T W_O, and rotations R_l, the squared change has the Hessians (boa.md writes n_l for
+query position l, m for key position m, a = softmax row, ~ for rotated vectors, J for the Jacobian of a query/key norm)
+
+    value   sum over l of (a_l X)(a_l X)^T                     (x)   B                                       exact
+    query   sum over l of x_l x_l^T  (x)  J_l^T R_l^T Z_l B Z_l^T R_l J_l,       Z_l = covariance of k~ and v under a_l
+    key     sum over l, m of x_m x_m^T  (x)  a_lm^2 |v_m - a_l V|_B^2 J_m^T R_m^T q~_l q~_l^T R_m J_m
+
+Each is replaced by the Kronecker product of two averages, the inputs' X^T X (or the value's X^T A^T A X) and a row factor
+[head_dim, head_dim]. ``metric="outputs"`` averages the factors above over evenly spaced query positions of every call.
+``metric="logits"`` is the paper's relaxation (arXiv:2406.13474): the error of all logits, masked or not, counts alike,
+
+    query   mean over l of J^T R_l^T C_K R_l J,   C_K = k~^T k~           key   the same with C_Q = q~^T q~ of its heads
+
+with the mean over positions in closed form. A constant added to all keys changes no softmax: ``center_keys`` removes
+each sequence's mean key, and with it the part of C_K that a key bias makes. Key and value heads that serve several query
+heads get the sum over these. Cross terms between heads, and between keys, are dropped.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.calib.rotary import Rotary, no_rotary, rotary
+from quantkit.models.attention import Attention, Projection
+
+Metric = Literal["outputs", "logits"]
+_SCRATCH_BYTES = 1 << 27  # bound of the [queries, seq_len, head_dim] tensors
+_TOLERANCE = 0.03  # relative; bfloat16 attention differs from float32 by less than 0.01
+_KEPT_TOKENS = 8  # of every call, for the Jacobians of query and key norms under metric="logits"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStatistics:
+    """Factors of the Hessians, float32, up to a positive multiple each."""
+
+    query_rows: Tensor  # [heads, head_dim, head_dim]
+    key_rows: Tensor  # [kv_heads, head_dim, head_dim]
+    value_rows: Tensor  # [kv_heads, head_dim, head_dim], sum of W_O^T W_O
+    value_columns: Tensor | None  # [kv_heads, in, in], X^T A^T A X; None if it was not asked for
+
+
+class AttentionRecorder:
+    """Hooks on one block that gather `AttentionStatistics` while calibration samples run through it.
+
+    Attributes:
+        problem: why the statistics cannot be trusted: the block's attention is not what `Attention` describes.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        block: nn.Module,
+        *,
+        metric: Metric = "outputs",
+        value_hessian: bool = True,
+        center_keys: bool = True,
+        queries_per_call: int = 64,
+    ) -> None:
+        self.problem: str | None = None
+        self._attention, self._block = attention, block
+        self._metric, self._value_hessian, self._center_keys = metric, value_hessian, center_keys
+        self._queries_per_call = queries_per_call
+        self._call: dict[str, Any] = {}
+        self._n_calls = 0
+        self._neighbours = False
+        self._rotary: Rotary | None = None
+        self._norms = tuple(
+            block.get_submodule(path) if path else None for path in (attention.q_norm, attention.k_norm)
+        )
+        self._sums: dict[str, Tensor] = {}
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record everything that runs through the block inside this context."""
+        submodule = self._block.get_submodule
+        handles = [submodule(self._attention.path).register_forward_pre_hook(self._on_arguments, with_kwargs=True)]
+        handles += [submodule(path).register_forward_hook(self._on_linear(path)) for path in self._attention.linears]
+        handles.append(submodule(self._attention.output).register_forward_pre_hook(self._on_output))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._call.clear()
+
+    def statistics(self) -> AttentionStatistics | None:
+        """None when nothing was recorded, or there is a `problem`."""
+        if self.problem or not self._n_calls:
+            return None
+        query, key = self._sums["query"], self._sums["key"]
+        if self._metric == "logits":
+            assert self._rotary is not None
+            query, key = self._rotary.mean(query), self._rotary.mean(key)
+            query, key = (self._pull_back(side, factor) for side, factor in enumerate((query, key)))
+        attention = self._attention
+        value_rows = self._output_grams().unflatten(0, (attention.kv_heads, -1)).sum(1)
+        return AttentionStatistics(query, key, value_rows, self._sums.get("value"))
+
+    def _on_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(type(module).forward).bind_partial(module, *args).arguments
+        self._call.update({**bound, **kwargs})
+
+    def _on_linear(self, path: str) -> Any:
+        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self._call[f"input {path}"], self._call[f"output {path}"] = args[0], output
+
+        return record
+
+    def _on_output(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.problem is None:
+            for sequence in range(args[0].shape[0]):
+                self._record_sequence(sequence, args[0][sequence].float())
+                if self.problem is not None:
+                    break
+                self._n_calls += 1
+        self._call.clear()
+
+    def _record_sequence(self, sequence: int, output: Tensor) -> None:
+        attention, part = self._attention, _Sequence(self._call, sequence)
+        inputs = part.inputs(attention.q.path)
+        raw = [part.heads(projection) for projection in (attention.q, attention.k, attention.v)]
+        q, k = (_normed(norm, x) for norm, x in zip(self._norms, raw, strict=False))
+        if not self._n_calls:
+            self.problem = self._find_rotary(part, q, k, raw[2], output)
+        if self.problem is not None:
+            return
+        self._rotary = part.rotary(attention.head_dim, self._neighbours)
+        q, k = self._rotary.rotate(q), self._rotary.rotate(k)
+        if self._metric == "logits":
+            self._add_logits(q, k)
+            self._keep_tokens(raw)
+        if self._metric == "outputs" or self._value_hessian:
+            self._add_outputs(part, q, k, raw, inputs)
+
+    def _find_rotary(self, part: _Sequence, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str | None:
+        """Which channels rotate together shows in the output; the problem, if neither order gives the block's own."""
+        worst = torch.inf
+        for neighbours in (False, True):
+            positions = part.rotary(self._attention.head_dim, neighbours)
+            if positions is None:
+                return "its rotary position embeddings have an unknown form"
+            own = torch.cat([a @ v[g] for g, a in self._each_group(part, positions.rotate(q), positions.rotate(k))])
+            own = own.transpose(0, 1).flatten(1)
+            if own.shape != output.shape:
+                break
+            worst = min(worst, float((own - output).norm() / output.norm().clamp_min(1e-30)))
+            if worst < _TOLERANCE:
+                self._neighbours = neighbours
+                return None
+        return f"its attention is not softmax(q k^T) v of its projections (they differ by {worst:.0%})"
+
+    def _each_group(self, part: _Sequence, q: Tensor, k: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Attention probabilities [group, seq_len, seq_len] of the query heads of each key head."""
+        attention = self._attention
+        mask = part.mask(q.shape[1], q.device)
+        for g, heads in enumerate(q.unflatten(0, (attention.kv_heads, -1))):
+            logits = heads @ k[g].t() * attention.scaling
+            if attention.softcap:
+                logits = attention.softcap * torch.tanh(logits / attention.softcap)
+            yield g, (logits + mask).softmax(-1)
+
+    def _add_logits(self, q: Tensor, k: Tensor) -> None:
+        keys = k - k.mean(1, keepdim=True) if self._center_keys else k
+        group = self._attention.heads // self._attention.kv_heads
+        self._add("query", (keys.mT @ keys).repeat_interleave(group, 0))
+        self._add("key", (q.mT @ q).unflatten(0, (-1, group)).sum(1))
+
+    def _add_outputs(self, part: _Sequence, q: Tensor, k: Tensor, raw: list[Tensor], inputs: Tensor) -> None:
+        group = self._attention.heads // self._attention.kv_heads
+        factors = _square_roots(self._output_grams())  # [heads, head_dim, head_dim]
+        for g, probabilities in self._each_group(part, q, k):
+            if self._value_hessian:
+                self._add_at("value", g, self._attention.kv_heads, _value_columns(probabilities, inputs))
+            if self._metric == "logits":
+                continue
+            for member, a in enumerate(probabilities):
+                head = g * group + member
+                self._add_head(head, g, a, q[head], k[g], raw[2][g] @ factors[head], raw)
+
+    def _add_head(self, head: int, g: int, a: Tensor, q: Tensor, k: Tensor, v: Tensor, raw: list[Tensor]) -> None:
+        """a [seq_len, seq_len]; q, k, v [seq_len, head_dim], v in a basis where |.|_B is the plain norm."""
+        assert self._rotary is not None
+        seq_len, head_dim = q.shape
+        positions = _spread(seq_len, self._queries_per_call, self._n_calls, q.device)
+        step = max(1, _SCRATCH_BYTES // (4 * seq_len * head_dim))
+        query_rows, key_rows = (torch.zeros(head_dim, head_dim, device=q.device) for _ in range(2))
+        for chosen in positions.split(step):
+            weights = a[chosen]  # [n, seq_len]
+            v_mean, k_mean = weights @ v, weights @ k
+            Z = (weights.unsqueeze(1) * v.t()) @ k - v_mean.unsqueeze(2) * k_mean.unsqueeze(1)  # [n, value, key dim]
+            Z = self._rotary.rotate(Z.transpose(0, 1), chosen, back=True)  # [value dim, n, key dim]
+            Z = _jacobian_transposed(self._norms[0], raw[0][:, chosen], head, Z).flatten(0, 1)
+            query_rows += Z.t() @ Z
+            spread = v.square().sum(1) - 2 * v_mean @ v.t() + v_mean.square().sum(1, keepdim=True)
+            u = self._rotary.rotate(q[chosen].unsqueeze(1).expand(-1, seq_len, -1), back=True)  # [n, seq_len, dim]
+            u = _jacobian_transposed(self._norms[1], raw[1], g, u)
+            u = (u * (weights * spread.clamp_min(0).sqrt()).unsqueeze(2)).flatten(0, 1)
+            key_rows += u.t() @ u
+        self._add_at("query", head, self._attention.heads, query_rows)
+        self._add_at("key", g, self._attention.kv_heads, key_rows)
+
+    def _keep_tokens(self, raw: list[Tensor]) -> None:
+        if any(norm is not None for norm in self._norms):
+            chosen = _spread(raw[0].shape[1], _KEPT_TOKENS, self._n_calls, raw[0].device)
+            self._kept.append((raw[0][:, chosen], raw[1][:, chosen]))
+
+    def _pull_back(self, side: int, factor: Tensor) -> Tensor:
+        """Mean of J^T F J over the kept tokens; F itself without a norm."""
+        norm = self._norms[side]
+        if norm is None:
+            return factor
+        tokens = torch.cat([pair[side] for pair in self._kept], 1)  # [heads, n, head_dim]
+        pulled = []
+        for head, root in enumerate(_square_roots(factor)):
+            columns = root.t().unsqueeze(1).expand(-1, tokens.shape[1], -1)  # [head_dim, n, head_dim]
+            u = _jacobian_transposed(norm, tokens, head, columns).flatten(0, 1)
+            pulled.append(u.t() @ u / tokens.shape[1])
+        return torch.stack(pulled)
+
+    def _output_grams(self) -> Tensor:
+        """B = W_O^T W_O of every query head, [heads, head_dim, head_dim]."""
+        weight: Tensor = self._block.get_submodule(self._attention.output).weight  # type: ignore[assignment]
+        per_head = weight.detach().float().unflatten(1, (self._attention.heads, -1)).transpose(0, 1)
+        return per_head.mT @ per_head
+
+    def _add(self, name: str, value: Tensor) -> None:
+        known = self._sums.get(name)
+        self._sums[name] = value if known is None else known.add_(value)
+
+    def _add_at(self, name: str, index: int, n: int, value: Tensor) -> None:
+        if name not in self._sums:
+            self._sums[name] = value.new_zeros(n, *value.shape)
+        self._sums[name][index] += value
+
+
+class _Sequence:
+    """One sequence of a call: what the hooks caught of it, in float32."""
+
+    def __init__(self, call: dict[str, Any], index: int) -> None:
+        self._call, self._index = call, index
+
+    def inputs(self, path: str) -> Tensor:
+        return self._pick(self._call[f"input {path}"]).float()
+
+    def heads(self, projection: Projection) -> Tensor:
+        """[heads, seq_len, head_dim], before norm and rotation."""
+        output = self._pick(self._call[f"output {projection.path}"]).float()
+        rows = projection.rows().to(output.device)
+        return output[:, rows].unflatten(1, (projection.heads, projection.head_dim)).transpose(0, 1)
+
+    def rotary(self, head_dim: int, neighbours: bool) -> Rotary | None:
+        """None when the position embeddings have an unknown form."""
+        given = self._call.get("position_embeddings")
+        if given is None:
+            output = next(value for key, value in self._call.items() if key.startswith("output "))
+            return no_rotary(output.shape[1], head_dim, output.device)
+        if not (
+            isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, Tensor) and x.ndim == 3 for x in given)
+        ):
+            return None
+        cos, sin = (self._pick(part) for part in given)
+        if cos.shape[1] > head_dim or cos.shape[1] % 2:
+            return None
+        return rotary(cos, sin, head_dim, neighbours=neighbours)
+
+    def mask(self, seq_len: int, device: torch.device) -> Tensor:
+        """Added to the logits: 0 or -inf, [seq_len, seq_len]."""
+        given = self._call.get("attention_mask")
+        if given is None:
+            return torch.full((seq_len, seq_len), -torch.inf, device=device).triu(1)
+        given = self._pick(given)[0]
+        if given.dtype == torch.bool:
+            return torch.zeros(given.shape, device=device).masked_fill(~given, -torch.inf)
+        return given.float()
+
+    def _pick(self, part: Tensor) -> Tensor:
+        """The sequence's share; what is the same for all sequences has a batch size of one."""
+        return part[min(self._index, part.shape[0] - 1)].detach()
+
+
+def _value_columns(probabilities: Tensor, inputs: Tensor) -> Tensor:
+    """sum over the group of X^T A^T A X; [group, L, L], [L, in] -> [in, in], by the cheaper of two orders."""
+    group, seq_len, in_features = *probabilities.shape[:2], inputs.shape[1]
+    per_head = group * in_features * (seq_len + in_features)
+    if per_head <= group * seq_len**2 + in_features * (seq_len + in_features):
+        mixed = (probabilities @ inputs).flatten(0, 1)
+        return mixed.t() @ mixed
+    stacked = probabilities.flatten(0, 1)
+    return inputs.t() @ ((stacked.t() @ stacked) @ inputs)
+
+
+def _spread(n: int, count: int, call: int, device: torch.device) -> Tensor:
+    """Up to ``count`` evenly spaced positions below n; another offset in every call."""
+    step = max(1, n // count)
+    return torch.arange((5 * call) % step, n, step, device=device)[:count]
+
+
+def _square_roots(matrices: Tensor) -> Tensor:
+    """S [.., n, n] with S S^T = M for positive semidefinite M."""
+    values, vectors = torch.linalg.eigh(matrices.double())
+    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).to(matrices.dtype)
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """A query or key norm over x [heads, n, head_dim]: of every head alone, or of all heads of a token together."""
+    if norm is None:
+        return x
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    tokens = x.transpose(0, 1)  # [n, heads, head_dim]
+    flat = weight.ndim == 1 and weight.shape[0] != x.shape[2]
+    parameters = {name: parameter.float() for name, parameter in norm.named_parameters()}
+    normed: Tensor = torch.func.functional_call(norm, parameters, (tokens.flatten(1) if flat else tokens,))
+    return normed.reshape(tokens.shape).transpose(0, 1)
+
+
+def _jacobian_transposed(norm: nn.Module | None, x: Tensor, head: int, y: Tensor) -> Tensor:
+    """J^T y, J the head's block of the norm's Jacobian at each token: x [heads, n, head_dim], y [k, n, head_dim]."""
+    if norm is None:
+        return y
+
+    def one_head(own: Tensor) -> Tensor:
+        return _normed(norm, torch.cat((x[:head], own.unsqueeze(0), x[head + 1 :])))[head]
+
+    _, pull = torch.func.vjp(one_head, x[head])
+    pulled: Tensor = torch.func.vmap(lambda cotangent: pull(cotangent)[0])(y)
+    return pulled
