@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -53,6 +54,13 @@ class Inputs:
     @property
     def flags(self) -> tuple[str, ...]:
         return ("--calib", str(self.text), "--n-samples", "4", "--seq-len", "32", "--group-size", "32")
+
+
+class Terminal(io.StringIO):
+    """A file that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def quantkit(*arguments: object) -> Run:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.cli.options import ADVANCED, Debug, Device, Json, LoadDtype, Model
-from quantkit.cli.screen import busy, duration, notes, print_json, quiet_libraries, results, table
+from quantkit.cli.screen import busy, duration, no_bars_in_logs, notes, print_json, quiet_libraries, results, table
 from quantkit.errors import FileError
 from quantkit.formats.files import read_json
 
@@ -66,7 +66,8 @@ def evaluate(
 
     names = [name.strip() for item in tasks or () for name in item.split(",") if name.strip()]
     texts = data or ([] if names else [default_data(model, reference)])
-    with quiet_libraries(), window_progress(notes()) as progress:
+    console = notes()
+    with quiet_libraries(), no_bars_in_logs(), window_progress(console) as progress:
         busy(f"loading {model}" + (f" and {reference}" if reference else ""))
         report = measure(
             model,

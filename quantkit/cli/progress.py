@@ -119,15 +119,21 @@ def window_progress(console: Console) -> Iterator[WindowsDone]:
 
         yield say
         return
-    with _bars(console) as bars:
-        tasks: dict[str, TaskID] = {}
+    bars = _bars(console)
 
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total, status="windows")
-            bars.update(tasks[name], completed=done)
+    def show(name: str, done: int, total: int) -> None:
+        if not bars.tasks:
+            bars.add_task(name, total=total, status="windows")
+            bars.start()
+        bars.update(bars.task_ids[0], completed=done)
+        if done == total:  # nothing of ours is on screen while tasks draw their own bars
+            bars.stop()
+            bars.remove_task(bars.task_ids[0])
 
+    try:
         yield show
+    finally:
+        bars.stop()
 
 
 def _bars(console: Console) -> Progress:

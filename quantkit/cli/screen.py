@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -109,28 +111,44 @@ def quiet_libraries() -> Iterator[None]:
 
     Download bars stay where there is a terminal. Everything is put back at the end, for callers inside a process.
     """
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers
 
     hub: Any = import_module("huggingface_hub.utils")  # its functions are re-exported implicitly, which mypy refuses
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_verbosity = hub.logging.get_verbosity()
+    lm_eval = logging.getLogger("lm_eval")
+    verbosity, had_bars = transformers.get_verbosity(), transformers.is_progress_bar_enabled()
+    hub_verbosity, lm_eval_level = hub.logging.get_verbosity(), lm_eval.level
     had_download_bars = not hub.are_progress_bars_disabled()
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         if not sys.warnoptions:  # python -W and PYTHONWARNINGS still show them
             warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
+        transformers.set_verbosity_error()
         hub.logging.set_verbosity_error()
-        logging.disable_progress_bar()  # and the hub's with it
+        lm_eval.setLevel(logging.ERROR)
+        transformers.disable_progress_bar()  # and the hub's with it
         if had_download_bars and sys.stderr.isatty():
             hub.enable_progress_bars()
         try:
             yield
         finally:
-            logging.set_verbosity(verbosity)
+            transformers.set_verbosity(verbosity)
             hub.logging.set_verbosity(hub_verbosity)
+            lm_eval.setLevel(lm_eval_level)
             if had_bars:
-                logging.enable_progress_bar()
+                transformers.enable_progress_bar()
             if had_download_bars:
                 hub.enable_progress_bars()
             else:
                 hub.disable_progress_bars()
+
+
+@contextmanager
+def no_bars_in_logs() -> Iterator[None]:
+    """Where stderr is no terminal, drop what libraries write to it: lm-eval draws its bars whatever tqdm is told.
+
+    A `Console` that was made before still writes.
+    """
+    if sys.stderr.isatty():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from cli_runs import Inputs, quantkit
+from cli_runs import Inputs, Terminal, quantkit
+from rich.console import Console
 
 from quantkit.cli.evaluate import default_data
+from quantkit.cli.progress import window_progress
 
 
 def test_json_is_the_contract(inputs: Inputs, packed: Path) -> None:
@@ -74,3 +77,24 @@ def test_refusals(inputs: Inputs, packed: Path, tmp_path: Path) -> None:
     for arguments, exit_code, message in cases:
         done = quantkit("eval", *arguments, "--json")
         assert (done.exit_code, message) == (exit_code, message if message in done.error else done.error)
+
+
+def _cursor(file: Terminal) -> str:
+    """Bars hide it as long as they are up."""
+    written = file.getvalue()
+    return "hidden" if written.rfind("\x1b[?25l") > written.rfind("\x1b[?25h") else "shown"
+
+
+def test_bars_on_a_terminal_are_down_between_texts() -> None:
+    """So that what draws bars of its own afterwards finds a free screen."""
+    file = Terminal()
+    console = Console(file=file, force_terminal=True, width=80, legacy_windows=False)
+    with window_progress(console) as progress:
+        for name in ("first", "second"):
+            progress(name, 1, 2)
+            assert _cursor(file) == "hidden"
+            progress(name, 2, 2)
+            assert _cursor(file) == "shown"
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    assert re.search(r"first +\S+ 0/2 windows", shown)
+    assert re.search(r"second +\S+ 2/2 windows", shown)

@@ -19,6 +19,7 @@ from tiny_models import tiny_model
 from quantkit.cli.main import _explain
 
 
+@pytest.mark.slow
 def test_streams_of_a_run(inputs: Inputs, tmp_path: Path) -> None:
     """Nothing but the object on stdout, nothing but our lines on stderr: no library speaks."""
     with start("quantize", inputs.model, *inputs.flags, "-o", "out", "--json", cwd=tmp_path) as process:
@@ -28,6 +29,7 @@ def test_streams_of_a_run(inputs: Inputs, tmp_path: Path) -> None:
     assert [line.partition(":")[0] for line in stderr.splitlines()] == ["gptq, 4 bits", "block 1/2", "block 2/2"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path, num_hidden_layers=48)
     arguments = ("quantize", model, "--method", "rtn", "--group-size", 32, "-o", tmp_path / "out", "--json")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from cli_runs import Inputs, quantkit
+from cli_runs import Inputs, Terminal, quantkit
 from rich.console import Console
 
 from quantkit.cli.options import parse_bytes
@@ -170,13 +169,8 @@ def test_an_unfinished_run_goes_on_with_its_settings_only(inputs: Inputs, tmp_pa
     assert quantkit(*arguments, "--bits", 4, "--overwrite", "--json").json["resumed_blocks"] == 0
 
 
-class _Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def test_bars_on_a_terminal() -> None:
-    file = _Terminal()
+    file = Terminal()
     console = Console(file=file, force_terminal=True, width=80, legacy_windows=False)
     with run_progress(console, "a run") as progress:
         progress.started(3, 1)
