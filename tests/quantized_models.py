@@ -1,4 +1,4 @@
-"""Small quantization runs, and the oracle for what they must compute: the original model with the dequantized weights."""
+"""Small quantization runs, and the oracle for what they compute: the original model with the dequantized weights."""
 
 from __future__ import annotations
 

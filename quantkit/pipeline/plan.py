@@ -175,11 +175,12 @@ def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int
 
 
 def _multiplications_per_second(device: torch.device) -> float:
-    square = torch.ones(1024, 1024, device=device)
+    size = 256 if device.type == "cpu" else 4096  # a few milliseconds, and enough work for the device
+    square = torch.ones(size, size, device=device)
     square @ square
     began = time.perf_counter()
     (square @ square).sum().item()
-    return float(2 * 1024**3 / max(time.perf_counter() - began, 1e-6)) * 0.5  # a run reaches about half of it
+    return size**3 / max(time.perf_counter() - began, 1e-6)  # counted as two operations each, of which half is reached
 
 
 @dataclass(frozen=True, slots=True)
