@@ -8,7 +8,7 @@ so a row of the product splits into a part that needs the codes and a part that 
     X[m, g] = sum_{i in g} x[m, i]
 
 The torch twin in this file runs on the CPU. It walks over row tiles of bounded size and unpacks *planes*: the bit
-stream repeats every byte (1, 2, 4, 8 bits) or every few 32-bit words (3, 5, 6, 7), so code f of every such block sits
+stream repeats every byte (1, 2, 4, 8 bits) or every few 16-bit words (3, 5, 6, 7), so code f of every such block sits
 at the same place, and one shift-and-mask over whole rows yields all of them (4 bits, two codes per byte):
 
     byte      0        1        2                plane 0 = byte & 15     columns 0, 2, 4, ...
@@ -33,7 +33,7 @@ from quantkit.kernels.planar import from_planar
 from quantkit.kernels.planar_matmul import planar_matmul
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_TILE_BYTES = 2 << 20  # float32 tile of decoded weights while few rows of x share it: stays in the L2 of two cores
+_TILE_BYTES = 4 << 20  # float32 tile of decoded weights while few rows of x share it: stays in cache
 _TILE_BYTES_WIDE = 16 << 20  # with many rows of x the matrix product dominates and prefers a wider right-hand side
 _LONG_RUN = 16  # contiguous columns per scale from which broadcasting is faster than a gathered copy of the scales
 _WIDE_ROWS = 64  # rows of x from which the wide tile is used
@@ -132,10 +132,10 @@ def _scale_spread(count: int, group_size: int, period: int, device: torch.device
 
 
 def _block(bits: int) -> tuple[int, int]:
-    """Codes and bytes of one repetition of the bit stream: a byte where codes divide it, else whole 32-bit words."""
+    """Codes and bytes of one repetition of the bit stream: a byte where codes divide it, else whole 16-bit words."""
     if 8 % bits == 0:
         return 8 // bits, 1
-    period = 32 // gcd(bits, 32)
+    period = 16 // gcd(bits, 16)
     return period, period * bits // 8
 
 
@@ -159,18 +159,18 @@ def _byte_planes(packed: Tensor, bits: int, period: int) -> Tensor:
 
 
 def _word_planes(packed: Tensor, bits: int, period: int) -> Tensor:
-    """int32 planes for 3, 5, 6 and 7 bits."""
-    n_words = period * bits // 32
-    words = _as_words(packed, torch.int32, 4 * n_words)
+    """int16 planes for 3, 5, 6 and 7 bits."""
+    n_words = period * bits // 16
+    words = _as_words(packed, torch.int16, 2 * n_words)
     words = words.view(len(words), -1, n_words).permute(2, 0, 1).contiguous()
     planes = words.new_empty(words.shape[1], period, words.shape[2])
-    position = torch.arange(period, dtype=torch.int32, device=packed.device) * bits
+    position = torch.arange(period, dtype=torch.int16, device=packed.device) * bits
     for index in range(n_words):
-        first = -(-32 * index // bits)  # first code that starts in this word; the last may end in the next one
-        last = -(-32 * (index + 1) // bits)
-        shifts = position[first:last, None] - 32 * index
+        first = -(-16 * index // bits)  # first code that starts in this word; the last may end in the next one
+        last = -(-16 * (index + 1) // bits)
+        shifts = position[first:last, None] - 16 * index
         torch.bitwise_right_shift(words[index, :, None], shifts, out=planes[:, first:last])
-        tail = last * bits - 32 * (index + 1)  # bits of the last code that lie in the next word
+        tail = last * bits - 16 * (index + 1)  # bits of the last code that lie in the next word
         if tail > 0:
             low = planes[:, last - 1].bitwise_and_((1 << (bits - tail)) - 1)  # undo the sign of the shift
             low |= words[index + 1] << (bits - tail)

@@ -80,7 +80,7 @@ def test_the_dense_weight_never_exists(bits):
     with LargestOutput() as largest:
         matmul_reference(x, weight.spec(), tensors, None)
     packed = max(tensor.nbytes for tensor in tensors.values())
-    assert largest.n_bytes <= max(packed, 2 << 20)  # the dense float32 weight would take 16 MiB
+    assert largest.n_bytes <= max(packed, 4 << 20)  # the dense float32 weight would take 16 MiB
 
 
 def test_a_view_of_a_larger_file_and_unaligned_tensors():

@@ -1,0 +1,180 @@
+"""The kernels on a GPU at realistic shapes: correctness, determinism, CUDA graphs, torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from packed_weights import activations, product_and_bound, random_weight, rounding
+
+from quantkit.formats.grouped_int import GroupedInt, pack
+from quantkit.kernels.grouped_int import matmul
+from quantkit.kernels.planar import from_planar, planar_segments, to_planar
+from quantkit.kernels.planar_matmul import MAX_FUSED_TOKENS, Config, choose_config, fused_launch, partial_size
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+HALVES = [torch.float16, torch.bfloat16]
+# The tensor core aligns products to the largest and truncates: at most two units in the last place per addition.
+TENSOR_CORE = 2.0**-22
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_tensors() -> Iterator[None]:
+    """torch.empty returns NaN, so an element that no kernel writes shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def on_gpu(weight: GroupedInt) -> GroupedInt:
+    return replace(
+        weight, codes=weight.codes.cuda(), scales=weight.scales.cuda(), zeros=weight.zeros.cuda()
+    )  # fmt: skip
+
+
+def check(x, weight, tensors, bias=None):
+    """Few tokens: float32 sums of exact products. More: the weight is rounded to the dtype of x first."""
+    y = matmul(x, weight.spec(), tensors, bias)
+    base = 0.0 if x.dtype == torch.float16 else 2176.0 if max(weight.bits) > 4 else 128.0
+    product, bound = product_and_bound(x, weight, bias, base=base, unit_roundoff=TENSOR_CORE)
+    if x.shape[0] > MAX_FUSED_TOKENS or x.dtype == torch.float32:
+        dense = weight.dequantize().double()
+        product, bound = product_and_bound(x, weight, bias, unit_roundoff=TENSOR_CORE)
+        bound = bound + x.double().abs() @ rounding(dense, x.dtype).t()
+    assert y.dtype == x.dtype
+    assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, x.dtype)).all()
+    return y
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
+def test_every_width_and_number_of_tokens(bits, symmetric):
+    weight = on_gpu(random_weight(bits, 1000, 128, (bits,) * 33, symmetric))
+    tensors = to_planar(weight.spec(), pack(weight))
+    bias = torch.linspace(-1, 1, 1000, device="cuda")
+    for dtype in HALVES:
+        for m in (1, 2, 8, 9, 16, 17, 33, 64, 65, 300):
+            check(activations(m, m, 33 * 128, dtype=dtype).cuda(), weight, tensors, bias)
+    assert not tensors["counters"].any()
+
+
+@pytest.mark.parametrize(("out_features", "n_groups"), [(4096, 32), (1024, 112)])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_real_layers(bits, out_features, n_groups):
+    weight = on_gpu(random_weight(bits, out_features, 128, (bits,) * n_groups))
+    tensors = to_planar(weight.spec(), pack(weight))
+    for dtype in (*HALVES, torch.float32):
+        for m in (1, 16, 64, 2048):
+            check(activations(m, m, 128 * n_groups, dtype=dtype).cuda(), weight, tensors)
+
+
+@pytest.mark.parametrize("bits", [(1, 2, 3, 2) * 8, (4, 2, 3) * 11, (6, 3, 5, 8, 7, 1, 2, 4) * 3])
+@pytest.mark.parametrize("group_size", [32, 48, 128])
+def test_mixed_widths(bits, group_size):
+    weight = on_gpu(random_weight(1, 500, group_size, bits))
+    tensors = to_planar(weight.spec(), pack(weight))
+    for dtype in HALVES:
+        for m in (1, 8, 40, 100):
+            check(activations(m, m, group_size * len(bits), dtype=dtype).cuda(), weight, tensors)
+
+
+def test_group_sizes_without_planar_form():
+    weight = on_gpu(random_weight(1, 500, 24, (4, 3, 1) * 7))
+    tensors = to_planar(weight.spec(), pack(weight))
+    x = activations(0, 5, 24 * 21).cuda()
+    y = matmul(x, weight.spec(), tensors)
+    product, bound = product_and_bound(x, weight)
+    assert ((y.double() - product).abs() <= bound + rounding(product, x.dtype)).all()
+
+
+def test_stored_bytes_come_back_from_the_gpu():
+    weight = on_gpu(random_weight(1, 500, 64, (4, 3, 1, 2, 8, 6) * 4))
+    tensors = pack(weight)
+    restored = from_planar(weight.spec(), to_planar(weight.spec(), tensors))
+    assert all(torch.equal(restored[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_inline_ptx_equals_triton_operations_bit_for_bit(bits):
+    from quantkit.kernels.grouped_int_triton import fused_kernel
+
+    weight = on_gpu(random_weight(bits, 256, 128, (bits,) * 32))
+    spec = weight.spec()
+    tensors = to_planar(spec, pack(weight))
+    config = choose_config(1, planar_segments(spec))
+    per_split = tuple(segment.n_blocks for segment in planar_segments(spec))
+    x = activations(0, 3, 4096, dtype=torch.float16).cuda()
+    results = []
+    for asm in (True, False):
+        out = torch.full((3, 256), float("nan"), device="cuda")
+        partial = torch.empty(partial_size(3, spec, config, per_split), device="cuda")
+        grid, arguments = fused_launch(x, spec, tensors, None, out, partial, config=config, per_split=per_split)
+        fused_kernel[grid](**arguments, ASM=asm)
+        results.append(out)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 100])
+@pytest.mark.parametrize("bits", [(2,) * 32, (4,) * 32, (1, 2, 3, 2) * 8])
+def test_the_same_call_gives_the_same_bits(bits, m):
+    weight = on_gpu(random_weight(1, 1024, 128, bits))
+    tensors = to_planar(weight.spec(), pack(weight))
+    x = activations(0, m, 4096, dtype=torch.bfloat16).cuda()
+    first = matmul(x, weight.spec(), tensors)
+    load = torch.randn(2048, 2048, device="cuda")
+    side = torch.cuda.Stream()
+    for _ in range(50):
+        with torch.cuda.stream(side):  # other work on the device changes the order in which programs arrive
+            load @ load
+        assert torch.equal(matmul(x, weight.spec(), tensors), first)
+
+
+@pytest.mark.parametrize("m", [1, 16, 100])
+@pytest.mark.parametrize("bits", [(4,) * 32, (3, 2) * 16])
+def test_a_cuda_graph_replays_the_eager_result(bits, m):
+    weight = on_gpu(random_weight(1, 1024, 128, bits))
+    spec = weight.spec()
+    tensors = to_planar(spec, pack(weight))
+    x = activations(0, m, 4096, dtype=torch.bfloat16).cuda()
+    matmul(x, spec, tensors)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = matmul(matmul(x, spec, tensors).repeat(1, 4), spec, tensors)
+    for seed in range(20):
+        x.copy_(activations(seed, m, 4096, dtype=torch.bfloat16))
+        graph.replay()
+        eager = matmul(matmul(x, spec, tensors).repeat(1, 4), spec, tensors)
+        assert torch.equal(y, eager)
+
+
+def test_torch_compile_keeps_one_graph():
+    weight = on_gpu(random_weight(1, 256, 128, (4,) * 2))
+    spec = weight.spec()
+    tensors = to_planar(spec, pack(weight))
+    compiled = torch.compile(lambda x: matmul(x * 2, spec, tensors).relu(), fullgraph=True)
+    for m in (1, 5, 100):
+        x = activations(m, m, 256, dtype=torch.bfloat16).cuda()
+        assert torch.equal(compiled(x), matmul(x * 2, spec, tensors).relu())
+
+
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_any_launch_shape(rows):
+    from quantkit.kernels.grouped_int_triton import fused_kernel
+
+    weight = on_gpu(random_weight(1, 200, 64, (4,) * 40))
+    spec = weight.spec()
+    tensors = to_planar(spec, pack(weight))
+    config = Config(rows=rows, warps=max(1, rows // 16), tokens=16, stages=2)
+    x = activations(0, 20, 2560, dtype=torch.float16).cuda()
+    product, bound = product_and_bound(x, weight, unit_roundoff=TENSOR_CORE)
+    for per_split in ((1,), (3,), (100,)):
+        out = torch.empty(20, 200, device="cuda")
+        partial = torch.empty(partial_size(20, spec, config, per_split), device="cuda")
+        grid, arguments = fused_launch(x, spec, tensors, None, out, partial, config=config, per_split=per_split)
+        fused_kernel[grid](**arguments, ASM=True)
+        assert ((out.double() - product).abs() <= bound + rounding(product, torch.float32)).all()
