@@ -6,7 +6,8 @@ with the same widths, and to the final folder's ``report.json``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from quantkit.algorithms.rtn import rtn
 from quantkit.calib.statistics import StatisticsRecorder
 from quantkit.models.structure import Linear
 from quantkit.pipeline.budget import Budget, Unit, bytes_at
-from quantkit.pipeline.solve import relative_error
 from quantkit.recipe import Recipe
 
 FILE = "allocation.json"  # of the work folder
 _MAX_TOKENS = 4096  # of a block's outputs that are clustered: seconds per block on a CPU
+_N_PROBES = 2  # samples on which allocator=error looks at a block's output
 _NO_ACTIVATIONS = ("zd", "random")
 
 Score = list[float]  # one number, or with allocator=error the loss at each width
@@ -40,34 +41,41 @@ def random_scores(units: Sequence[Unit], seed: int) -> list[Score]:
     return [[float(rank)] for rank in torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))]
 
 
-def score_block(
-    units: Sequence[Unit],
-    module: nn.Module,
-    outcomes: Outcomes,
-    n_samples: int,
-    recipe: Recipe,
-    budget: Budget,
-    seed: int,
-) -> list[Score]:
-    """Scores of the units of one block.
+@dataclass(frozen=True, slots=True)
+class ScoredBlock:
+    """One block of the unquantized model.
 
-    Args:
-        units: those of the block; all its linears, or one unit for each.
+    Attributes:
+        units: all of the block, or one for each of its linears (or of the tied ones).
         module: the block with its original weights.
-        outcomes: runs the block on one sample at a time, ``n_samples`` in all; consumed to its end, or not at all.
+        n_samples: of the calibration set; 0 where none is needed.
+        outcomes: runs the block on one sample at a time; the hidden states advance as it is consumed.
+        forward: (sample, input) -> output of the block.
     """
-    if not units:
-        for _ in outcomes:  # the hidden states advance all the same
+
+    units: Sequence[Unit]
+    module: nn.Module
+    n_samples: int
+    outcomes: Outcomes
+    forward: Callable[[int, Tensor], Tensor]
+
+
+def score_block(block: ScoredBlock, recipe: Recipe, budget: Budget, seed: int) -> list[Score]:
+    """Scores of the block's units."""
+    if not block.units:
+        for _ in block.outcomes:  # the hidden states advance all the same
             pass
         return []
     if recipe.allocator == "zd":
-        return [[zd([_weight(module, linear) for linear in unit.linears], recipe.two_sided)] for unit in units]
+        return [
+            [zd([_weight(block.module, linear) for linear in unit.linears], recipe.two_sided)] for unit in block.units
+        ]
     if recipe.allocator == "error":
-        return _losses(units, module, outcomes, recipe, budget)
+        return _losses(block, recipe, budget)
     if recipe.allocator == "lim":
-        scores = [float(lim(before.to(after.device), after)) for before, after in outcomes]
+        scores = [float(lim(before.to(after.device), after)) for before, after in block.outcomes]
         return [[sum(scores) / len(scores)]]
-    rows = _sampled_outputs(outcomes, n_samples, seed)
+    rows = _sampled_outputs(block.outcomes, block.n_samples, seed)
     if recipe.entropy == "histogram":
         return [[histogram_entropy(rows)]]
     return [[kmeans_entropy(rows, torch.Generator().manual_seed(seed))]]
@@ -138,27 +146,50 @@ def _sampled_outputs(outcomes: Outcomes, n_samples: int, seed: int) -> Tensor:
     return torch.cat(rows)
 
 
-def _losses(
-    units: Sequence[Unit], module: nn.Module, outcomes: Outcomes, recipe: Recipe, budget: Budget
-) -> list[Score]:
-    """Squared relative output error of rounding, summed over a unit's linears, at each width."""
-    linears = [linear for unit in units for linear in unit.linears]
-    recorder = StatisticsRecorder({linear.path: module.get_submodule(linear.path) for linear in linears})
-    with recorder.recording():
-        for _ in outcomes:
-            recorder.next_call()
+def _losses(block: ScoredBlock, recipe: Recipe, budget: Budget) -> list[Score]:
+    """For each unit and width: the squared error of the block's output, relative to it, with this unit alone rounded.
 
-    def loss(linear: Linear, bits: int) -> float:
-        weight = _weight(module, linear).float()
+    The block's output is the residual stream. So an error counts by what it does there, which the error of the linear's
+    own output does not show: the first blocks write most of the stream, and the same relative error weighs more there.
+    """
+    linears = [linear for unit in block.units for linear in unit.linears]
+    recorder = StatisticsRecorder({linear.path: block.module.get_submodule(linear.path) for linear in linears})
+    probes: list[tuple[Tensor, Tensor]] = []
+    with recorder.recording():
+        for before, after in block.outcomes:
+            recorder.next_call()
+            if len(probes) < _N_PROBES:
+                probes.append((before.to(after.device, copy=True), after))
+    return [
+        [_loss(block, unit, bits, recorder, probes, recipe) for bits in _widths(recipe, budget)] for unit in block.units
+    ]
+
+
+def _loss(
+    block: ScoredBlock,
+    unit: Unit,
+    bits: int,
+    recorder: StatisticsRecorder,
+    probes: list[tuple[Tensor, Tensor]],
+    recipe: Recipe,
+) -> float:
+    originals = {linear.path: _weight(block.module, linear).data for linear in unit.linears}
+    for linear in unit.linears:
+        weight = originals[linear.path]
         hessian = recorder.statistics(linear.path).hessian()
         if hessian is None:  # no calibration token reached this expert
             hessian = torch.eye(linear.in_features, device=weight.device)
-        groups = linear.in_features // (recipe.group_size or linear.in_features)
+        n_groups = linear.in_features // (recipe.group_size or linear.in_features)
         fit = GRIDS[recipe.at(bits).grid_name]
-        rounded = rtn(weight, (bits,) * groups, recipe.symmetric, fit, hessian)
-        return relative_error(weight, rounded.dequantize(), hessian) ** 2
-
-    return [[sum(loss(linear, bits) for linear in unit.linears) for bits in _widths(recipe, budget)] for unit in units]
+        rounded = rtn(weight.float(), (bits,) * n_groups, recipe.symmetric, fit, hessian)
+        _weight(block.module, linear).data = rounded.dequantize().to(weight.dtype)
+    losses = []
+    for sample, (before, after) in enumerate(probes):
+        error = (block.forward(sample, before).float() - after.float()).square().sum(-1)
+        losses.append(float((error / after.float().square().sum(-1).clamp_min(1e-30))[..., 1:].mean()))
+    for linear in unit.linears:
+        _weight(block.module, linear).data = originals[linear.path]
+    return sum(losses) / len(losses)
 
 
 def _weight(module: nn.Module, linear: Linear) -> Tensor:

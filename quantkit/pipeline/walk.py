@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +30,16 @@ from quantkit.formats.grouped_int import NAME, GroupedIntSpec, pack, unpack
 from quantkit.formats.safetensors_io import read_header, read_tensor
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear
-from quantkit.pipeline.allocate import FILE, Score, allocate, describe, needs_activations, random_scores, score_block
+from quantkit.pipeline.allocate import (
+    FILE,
+    Score,
+    ScoredBlock,
+    allocate,
+    describe,
+    needs_activations,
+    random_scores,
+    score_block,
+)
 from quantkit.pipeline.budget import Budget, Unit, budget_of, units_of
 from quantkit.pipeline.journal import Journal, refuse_existing
 from quantkit.pipeline.output import assemble
@@ -191,8 +201,9 @@ class _Walk:
         for index in range(len(self.skeleton.blocks)):
             module = self.skeleton.load_block(index, self.device, self.dtype)
             members = [unit for unit in units if unit.block == index]
-            outcomes = self._outcomes(index, module)
-            scores += score_block(members, module, outcomes, len(self.hidden), self.recipe, budget, self.seed)
+            outcomes, forward = self._outcomes(index, module), partial(self._forward, index, module)
+            block = ScoredBlock(members, module, len(self.hidden), outcomes, forward)
+            scores += score_block(block, self.recipe, budget, self.seed)
             self.skeleton.release_block(index)
         self.calls = None
         return scores
@@ -310,9 +321,12 @@ class _Walk:
             self.hidden[sample] = self._call(index, module, sample)
 
     def _call(self, index: int, module: nn.Module, sample: int, hidden_states: HiddenStates | None = None) -> Tensor:
-        assert self.calls is not None
         states = self.hidden if hidden_states is None else hidden_states
-        output = module(states[sample].to(self.device), **self.calls[index][sample])
+        return self._forward(index, module, sample, states[sample].to(self.device))
+
+    def _forward(self, index: int, module: nn.Module, sample: int, inputs: Tensor) -> Tensor:
+        assert self.calls is not None
+        output = module(inputs, **self.calls[index][sample])
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
