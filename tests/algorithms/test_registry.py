@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from strategies import random_inputs, random_weight
+from strategies import output_loss, random_inputs, random_weight
 
 import quantkit
 from quantkit.algorithms.grids import GRIDS
+from quantkit.algorithms.hessian import damped
 from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, SOLVERS
 from quantkit.calib.statistics import InputStatistics
 from quantkit.errors import NotPositiveDefiniteError, NumericalError, RequestError
@@ -22,6 +23,7 @@ from quantkit.pipeline.solve import Solved, solve_linear
 from quantkit.recipe import Recipe, resolve
 
 PACKAGE = Path(quantkit.__file__).parent
+IN_PREPARATION = {"boa", "turboboa"}  # not yet offered by the pipeline; empty at a release
 BITS, GROUP_SIZES = (1, 2, 3, 4, 8), (12, 0)
 IN, OUT = 48, 10
 
@@ -128,6 +130,22 @@ def test_every_method_takes_every_grid_and_order(method: str, grid: str, act_ord
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", [2, 3])
+def test_refinement_loses_no_more_in_any_row(method: str, bits: int) -> None:
+    """By the objective that it descends on, the damped Hessian's, up to float32."""
+    _, weight, statistics = case()
+    hessian = statistics.hessian()
+    assert hessian is not None
+    plain = linear_recipe(method, bits, 12, False)
+    before, after = (
+        output_loss(weight, solved(recipe).weight.dequantize(), damped(hessian, plain.damping))
+        for recipe in (plain, replace(plain, refine=2))
+    )
+    assert (after <= before * (1 + 1e-4)).all()
+    assert after.sum() < before.sum()
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_eight_bits_lose_little(method: str) -> None:
     """A range of about 6 standard deviations in 255 steps: s / sqrt(12) = 0.7 % of one; twice that for outliers."""
     bits = METHODS[method].bits[1]
@@ -164,7 +182,9 @@ def test_error_class_is_kept() -> None:
     hopeless = torch.full((IN, IN), 100.0).fill_diagonal_(1.0)
     hopeless[0, 1:] *= -1
     with pytest.raises(NotPositiveDefiniteError, match=r"^layers\.0\.proj: the Hessian is not positive definite"):
-        solve_linear(linear, weight, InputStatistics(IN, n_tokens=2, gram=hopeless), resolve("gptq", bits=3, group_size=16))
+        solve_linear(
+            linear, weight, InputStatistics(IN, n_tokens=2, gram=hopeless), resolve("gptq", bits=3, group_size=16)
+        )
 
 
 # --- the tables ---------------------------------------------------------------------------------------------------
@@ -201,4 +221,4 @@ def test_every_algorithm_file_is_reached() -> None:
     while found - reached:
         reached |= found
         found = set().union(*(imports(files[name]) for name in reached))
-    assert reached == set(files)
+    assert set(files) - reached <= IN_PREPARATION
