@@ -1,22 +1,23 @@
 """What attention does with the outputs of the query, key and value projections, as second-order statistics per head.
 
-A rounding error dW of a projection changes the attention module's output. To first order, and per head h with its rows
-W_O of the output projection, B = W_O^T W_O, and rotations R_l, the squared change has the Hessians (boa.md writes n_l for
-query position l, m for key position m, a = softmax row, ~ for rotated vectors, J for the Jacobian of a query/key norm)
+A rounding error dW of a projection changes the attention module's output. To first order the squared change has, for one
+head, these Hessians: l and m are the positions of query and key, x the inputs, a_l the attention probabilities of query
+l, R_l the rotation, q~ = R_l q and k~ = R_m k, J the Jacobian of a query or key norm, W_O the head's columns of the output
+projection, B = W_O^T W_O:
 
     value   sum over l of (a_l X)(a_l X)^T                     (x)   B                                       exact
     query   sum over l of x_l x_l^T  (x)  J_l^T R_l^T Z_l B Z_l^T R_l J_l,       Z_l = covariance of k~ and v under a_l
     key     sum over l, m of x_m x_m^T  (x)  a_lm^2 |v_m - a_l V|_B^2 J_m^T R_m^T q~_l q~_l^T R_m J_m
 
-Each is replaced by the Kronecker product of two averages, the inputs' X^T X (or the value's X^T A^T A X) and a row factor
-[head_dim, head_dim]. ``metric="outputs"`` averages the factors above over evenly spaced query positions of every call.
-``metric="logits"`` is the paper's relaxation (arXiv:2406.13474): the error of all logits, masked or not, counts alike,
+Each is replaced by the Kronecker product of two averages: X^T X of the inputs (of the value X^T A^T A X) and a row factor
+[head_dim, head_dim]. ``metric="outputs"`` averages the factors above, over evenly spaced query positions of every call.
+``metric="logits"`` is the paper's relaxation (arXiv:2406.13474): the errors of all logits, masked or not, count alike,
 
     query   mean over l of J^T R_l^T C_K R_l J,   C_K = k~^T k~           key   the same with C_Q = q~^T q~ of its heads
 
-with the mean over positions in closed form. A constant added to all keys changes no softmax: ``center_keys`` removes
-each sequence's mean key, and with it the part of C_K that a key bias makes. Key and value heads that serve several query
-heads get the sum over these. Cross terms between heads, and between keys, are dropped.
+with the mean over positions in closed form. A constant added to all keys changes no softmax: ``center_keys`` removes the
+mean key of each sequence, and with it what a key bias adds to C_K. Key and value heads that serve several query heads
+get the sum over these. Cross terms between heads, and between keys, are dropped.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class AttentionRecorder:
             query, key = self._rotary.mean(query), self._rotary.mean(key)
             query, key = (self._pull_back(side, factor) for side, factor in enumerate((query, key)))
         attention = self._attention
-        value_rows = self._output_grams().unflatten(0, (attention.kv_heads, -1)).sum(1)
+        value_rows = _per_group(self._output_grams(), attention.kv_heads).sum(1)
         return AttentionStatistics(query, key, value_rows, self._sums.get("value"))
 
     def _on_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -130,12 +131,13 @@ class AttentionRecorder:
         attention, part = self._attention, _Sequence(self._call, sequence)
         inputs = part.inputs(attention.q.path)
         raw = [part.heads(projection) for projection in (attention.q, attention.k, attention.v)]
-        q, k = (_normed(norm, x) for norm, x in zip(self._norms, raw, strict=False))
+        q, k = _normed(self._norms[0], raw[0]), _normed(self._norms[1], raw[1])
         if not self._n_calls:
             self.problem = self._find_rotary(part, q, k, raw[2], output)
         if self.problem is not None:
             return
         self._rotary = part.rotary(attention.head_dim, self._neighbours)
+        assert self._rotary is not None
         q, k = self._rotary.rotate(q), self._rotary.rotate(k)
         if self._metric == "logits":
             self._add_logits(q, k)
@@ -164,7 +166,7 @@ class AttentionRecorder:
         """Attention probabilities [group, seq_len, seq_len] of the query heads of each key head."""
         attention = self._attention
         mask = part.mask(q.shape[1], q.device)
-        for g, heads in enumerate(q.unflatten(0, (attention.kv_heads, -1))):
+        for g, heads in enumerate(_per_group(q, attention.kv_heads)):
             logits = heads @ k[g].t() * attention.scaling
             if attention.softcap:
                 logits = attention.softcap * torch.tanh(logits / attention.softcap)
@@ -174,7 +176,7 @@ class AttentionRecorder:
         keys = k - k.mean(1, keepdim=True) if self._center_keys else k
         group = self._attention.heads // self._attention.kv_heads
         self._add("query", (keys.mT @ keys).repeat_interleave(group, 0))
-        self._add("key", (q.mT @ q).unflatten(0, (-1, group)).sum(1))
+        self._add("key", _per_group(q.mT @ q, self._attention.kv_heads).sum(1))
 
     def _add_outputs(self, part: _Sequence, q: Tensor, k: Tensor, raw: list[Tensor], inputs: Tensor) -> None:
         group = self._attention.heads // self._attention.kv_heads
@@ -195,7 +197,8 @@ class AttentionRecorder:
         positions = _spread(seq_len, self._queries_per_call, self._n_calls, q.device)
         step = max(1, _SCRATCH_BYTES // (4 * seq_len * head_dim))
         query_rows, key_rows = (torch.zeros(head_dim, head_dim, device=q.device) for _ in range(2))
-        for chosen in positions.split(step):
+        for start in range(0, len(positions), step):
+            chosen = positions[start : start + step]
             weights = a[chosen]  # [n, seq_len]
             v_mean, k_mean = weights @ v, weights @ k
             Z = (weights.unsqueeze(1) * v.t()) @ k - v_mean.unsqueeze(2) * k_mean.unsqueeze(1)  # [n, value, key dim]
@@ -231,8 +234,8 @@ class AttentionRecorder:
     def _output_grams(self) -> Tensor:
         """B = W_O^T W_O of every query head, [heads, head_dim, head_dim]."""
         weight: Tensor = self._block.get_submodule(self._attention.output).weight  # type: ignore[assignment]
-        per_head = weight.detach().float().unflatten(1, (self._attention.heads, -1)).transpose(0, 1)
-        return per_head.mT @ per_head
+        per_head = weight.detach().float().reshape(len(weight), self._attention.heads, -1).transpose(0, 1)
+        return torch.matmul(per_head.mT, per_head)
 
     def _add(self, name: str, value: Tensor) -> None:
         known = self._sums.get(name)
@@ -257,7 +260,7 @@ class _Sequence:
         """[heads, seq_len, head_dim], before norm and rotation."""
         output = self._pick(self._call[f"output {projection.path}"]).float()
         rows = projection.rows().to(output.device)
-        return output[:, rows].unflatten(1, (projection.heads, projection.head_dim)).transpose(0, 1)
+        return output[:, rows].reshape(-1, projection.heads, projection.head_dim).transpose(0, 1)
 
     def rotary(self, head_dim: int, neighbours: bool) -> Rotary | None:
         """None when the position embeddings have an unknown form."""
@@ -289,9 +292,14 @@ class _Sequence:
         return part[min(self._index, part.shape[0] - 1)].detach()
 
 
+def _per_group(heads: Tensor, n_groups: int) -> Tensor:
+    """[heads, ...] -> [n_groups, heads / n_groups, ...]."""
+    return heads.reshape(n_groups, -1, *heads.shape[1:])
+
+
 def _value_columns(probabilities: Tensor, inputs: Tensor) -> Tensor:
     """sum over the group of X^T A^T A X; [group, L, L], [L, in] -> [in, in], by the cheaper of two orders."""
-    group, seq_len, in_features = *probabilities.shape[:2], inputs.shape[1]
+    group, seq_len, in_features = len(probabilities), *inputs.shape
     per_head = group * in_features * (seq_len + in_features)
     if per_head <= group * seq_len**2 + in_features * (seq_len + in_features):
         mixed = (probabilities @ inputs).flatten(0, 1)
@@ -309,7 +317,8 @@ def _spread(n: int, count: int, call: int, device: torch.device) -> Tensor:
 def _square_roots(matrices: Tensor) -> Tensor:
     """S [.., n, n] with S S^T = M for positive semidefinite M."""
     values, vectors = torch.linalg.eigh(matrices.double())
-    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)).to(matrices.dtype)
+    roots: Tensor = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
+    return roots.to(matrices.dtype)
 
 
 def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:

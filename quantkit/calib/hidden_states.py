@@ -129,8 +129,13 @@ class _StandIns:
         """Returns whether this model wants tuples from its blocks."""
         if not self._attempt(call):  # the model took element 0 of our tensor: it expects a tuple
             self._returns_tuple = not self._returns_tuple
-            if not self._attempt(call):
-                raise RequestError("the model does not pass hidden states from block to block; it is not supported")
+            refusal = RequestError("the model does not pass hidden states from block to block; it is not supported")
+            try:
+                followed = self._attempt(call)
+            except (TypeError, AttributeError) as error:  # it wanted no tuple either
+                raise refusal from error
+            if not followed:
+                raise refusal
         assert self._passed is not None
         self._hidden.append(self._passed)
         for index, kwargs in enumerate(self._pending):

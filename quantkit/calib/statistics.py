@@ -110,8 +110,8 @@ class StatisticsRecorder:
             cross = self._float_inputs[name].reshape(rows.shape).float().t() @ rows
             entry.cross_gram = cross if entry.cross_gram is None else entry.cross_gram.add_(cross)
         if self._rows_per_call:
-            step = max(1, rows.shape[0] // self._rows_per_call)
-            entry.sample.append(rows[::step][: self._rows_per_call].cpu())
+            n = min(self._rows_per_call, rows.shape[0])
+            entry.sample.append(rows[torch.arange(n, device=rows.device) * rows.shape[0] // n].cpu())
 
 
 @contextmanager

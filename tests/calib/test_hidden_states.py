@@ -166,14 +166,7 @@ def test_ways_of_calling_blocks(style: str) -> None:
     assert all(calls[block] == [{"scale": 0.5}] * 2 for block in range(3))
 
 
-REACHES_INTO_TUPLES = pytest.mark.xfail(
-    reason="the second attempt hands the model tuples, and its complaint about them comes through",
-    raises=TypeError,
-    strict=True,
-)
-
-
-@pytest.mark.parametrize("style", ["reversed", "unused", pytest.param("between", marks=REACHES_INTO_TUPLES)])
+@pytest.mark.parametrize("style", ["reversed", "unused", "between"])
 def test_models_that_do_not_pass_hidden_states_along(style: str) -> None:
     with pytest.raises(RequestError, match="the model does not pass hidden states from block to block"):
         capture_chain(style)
