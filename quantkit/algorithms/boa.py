@@ -6,16 +6,16 @@ Minimizes  sum over heads of tr(R (W - Q) C (W - Q)^T): C [in, in] of the projec
            head_dim] of its outputs, from what attention multiplies them with (`quantkit.calib.attention` gathers both).
 Needs      C, shared or per head, and R per head. R = identity is GPTQ, and is handed to it.
 Cost       GPTQ's, plus O(out * in * head_dim) for the rows; about in * head_dim / row_block steps in sequence.
-Deviates   The authors quantize in * head_dim elements one after the other, on grids of the original weights. Here element
-           (r, c) of a row block waits for (r, < c) and (< r, c) only, so that a block takes its anti-diagonals in
-           in + row_block steps, with the codes of the sequential loop. The grids of a row block are fitted when it is
-           reached, on weights that earlier rows have corrected (so does TurboBoA).
+Deviates   The authors quantize in * head_dim elements one after the other, on grids of the original weights. Here
+           element (r, c) of a row block waits for (r, < c) and (< r, c) only, so that a block takes its anti-diagonals
+           in in + row_block steps, with the codes of the sequential loop. The grids of a row block are fitted when it
+           is reached, on weights that earlier rows have corrected (so does TurboBoA).
 
 One head, with C^-1 = U^T U and R^-1 = V^T V, both factors upper triangular; rows and columns in the order of visit:
 
-    inside row j        w[c+1:] -= (w_c - q_c) / U[c, c] * U[c, c+1:]                       GPTQ
-    after row j         W[r, :] -= V[j, r] / V[j, j] * (w_j - q_j)       r > j              w_j: row j before its own loop
-    after a block B     W[F, :] -= V[B, F]^T V[B, B]^-T (W_B - Q_B)                         the same for all rows of B
+    inside row j        w[c+1:] -= (w_c - q_c) / U[c, c] * U[c, c+1:]         GPTQ
+    after row j         W[r, :] -= V[j, r] / V[j, j] * (w_j - q_j), r > j     w_j: row j before its own loop
+    after a block B     W[F, :] -= V[B, F]^T V[B, B]^-T (W_B - Q_B)           the same for all rows of B at once
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from quantkit.algorithms.gptq import (
     ActOrder,
@@ -40,6 +39,7 @@ from quantkit.algorithms.gptq import (
 )
 from quantkit.algorithms.grids import Grid, GridFit
 from quantkit.algorithms.hessian import check_finite, damped, damped_inverse_factor, without_dead_columns
+from quantkit.algorithms.wavefront import solve_tile
 from quantkit.errors import NumericalError
 from quantkit.formats.grouped_int import GroupedInt
 
@@ -110,7 +110,7 @@ def boa(
     W, C = without_dead_columns(weight, hessian)
     heads, head_dim = row_hessian.shape[:2]
     W = W.reshape(heads, head_dim, -1)
-    R = _without_dead_heads(row_hessian)
+    R = live_rows(row_hessian)
     perm = _column_order(C.diagonal(), W.shape[2] // len(bits), config.act_order)
     rows = _row_order(R, config.row_order)
     U, damping = damped_inverse_factor(C[perm][:, perm], config.damping)
@@ -125,9 +125,8 @@ def boa(
     quantized = GroupedInt(
         codes=codes.to(torch.uint8), scales=scales.float(), zeros=zeros.float(), bits=bits, symmetric=symmetric
     )
-    error = (W.flatten(0, 1) - quantized.dequantize().to(W)).reshape(W.shape)
-    loss = kronecker_loss(error, damped(C, damping), R, config.damping)
-    return Solution(quantized, loss, damping)
+    error = W - quantized.dequantize().to(W).reshape(W.shape)
+    return Solution(quantized, kronecker_loss(error, damped(C, damping), damped_rows(R, damping)), damping)
 
 
 def _each_head(
@@ -155,20 +154,22 @@ def _each_head(
     return Solution(quantized, sum(part.loss for part in parts), max(part.damping for part in parts))
 
 
-def kronecker_loss(error: Tensor, hessian: Tensor, row_hessian: Tensor, row_damping: float = 0.0) -> float:
-    """sum over heads of tr(R E C E^T); ``error`` [heads, head_dim, in], R [heads, head_dim, head_dim], damped here."""
-    R = row_hessian + torch.diag_embed(
-        (row_damping * row_hessian.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)).expand(row_hessian.shape[:2])
-    )
-    return float(((R @ error) * (error @ hessian)).sum())
+def kronecker_loss(error: Tensor, hessian: Tensor, row_hessian: Tensor) -> float:
+    """sum over heads of tr(R E C E^T): error [heads, head_dim, in], C [in, in], R [heads, head_dim, head_dim]."""
+    return float(((row_hessian @ error) * (error @ hessian)).sum())
 
 
-def _without_dead_heads(row_hessian: Tensor) -> Tensor:
-    """A head that nothing reads (all zero) gets the identity; so does a row of a head, scaled to the others' mean."""
+def live_rows(row_hessian: Tensor) -> Tensor:
+    """R with the identity in place of a head that nothing reads; a row that nothing reads is decoupled likewise."""
     diagonal = row_hessian.diagonal(dim1=1, dim2=2)
     live = (diagonal > 0).sum(1, keepdim=True)
     mean = torch.where(live > 0, diagonal.clamp_min(0).sum(1, keepdim=True) / live.clamp_min(1), 1.0)
     return row_hessian + torch.diag_embed(torch.where(diagonal > 0, 0.0, mean))
+
+
+def damped_rows(row_hessian: Tensor, damping: float) -> Tensor:
+    """Every head's R plus ``damping * mean(diag R)`` on its diagonal."""
+    return torch.stack([damped(R, damping) for R in row_hessian])
 
 
 def _row_order(row_hessian: Tensor, by_diagonal: bool) -> Tensor:
@@ -222,8 +223,8 @@ def _coupling(V: Tensor) -> Tensor:
 
 def _dequantize(codes: Tensor, grid: Grid) -> Tensor:
     """codes [heads, rows, in], grid [heads, rows, n_groups] -> weights [heads, rows, in]."""
-    grouped = codes.unflatten(2, (grid.scales.shape[2], -1))
-    return (grid.scales.unsqueeze(3) * (grouped - grid.zeros.unsqueeze(3))).flatten(2)
+    grouped = codes.reshape(*grid.scales.shape, -1)
+    return torch.flatten(grid.scales.unsqueeze(3) * (grouped - grid.zeros.unsqueeze(3)), 2)
 
 
 def _fit_all(W: Tensor, problem: _Problem) -> Grid:
@@ -269,7 +270,7 @@ def _solve_block(
             grid.scales[:, :, group], grid.zeros[:, :, group] = fitted
         tile_grid = Grid(*(part[:, :, column_groups[tile]] for part in grid))
         top = (2.0 ** widths[tile] - 1).to(W)
-        solved, errors = _solve_tile(target[:, :, tile], pulled[:, :, tile], U[tile, tile], coupling, tile_grid, top)
+        solved, errors = solve_tile(target[:, :, tile], pulled[:, :, tile], U[tile, tile], coupling, tile_grid, top)
         codes[:, :, perm[tile]] = solved
         pulled[:, :, tile.stop :] += errors @ U[tile, tile.stop :]
     return codes, grid
@@ -293,78 +294,3 @@ def _fit_group(w: Tensor, U: Tensor, bits: int, problem: _Problem, config: BoACo
     else:
         grid = Grid(*(part[0] for part in candidates))
     return Grid(*(part.reshape(w.shape[:2]) for part in grid))
-
-
-def _solve_tile(
-    target: Tensor, pulled: Tensor, U: Tensor, coupling: Tensor, grid: Grid, top: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The loop over a tile, anti-diagonal after anti-diagonal: at time t, element (r, t - r) of every row r.
-
-    Rows are stored last to first and skewed by one step each, so that everything that a step reads or writes is a
-    slice: with rho = n - 1 - r, the columns of a step ascend with rho, and both the rows that row r corrects and the
-    columns that column c corrects lie at the same place of later steps.
-
-    Args:
-        target: [heads, n, width] before, pulled: after subtraction of what earlier columns took from the row.
-        U: [width, width]. coupling: T [heads, n, n]. grid: [heads, n, width]. top: largest code [width].
-
-    Returns:
-        codes, errors E with E[r, c] = (w - q) / U[c, c]; [heads, n, width].
-    """
-    heads, n, width = target.shape
-    S, G, scales, zeros = (_skew(part) for part in (target, pulled, grid.scales, grid.zeros))  # [steps, heads, n]
-    codes, errors = torch.zeros_like(S), torch.zeros_like(S)
-    steps, couples = S.shape[0], bool(coupling.any())
-    scales[scales == 0] = 1.0  # outside of the tile
-    band = _band(U, n)  # [width, width + 2 (n - 1)]: band[k, n - 1 + c] = U[c, c + k]
-    inverse = pad(1 / U.diagonal(), (n - 1, n - 1))  # no error outside of the tile
-    top = pad(top, (n - 1, n - 1))
-    bottom = torch.zeros_like(top)
-    corrections = _corrections(coupling)  # [n - 1, heads, n]
-    S, G = pad(S, (0, 0, 0, 0, 0, n)), pad(G, (0, 0, 0, 0, 0, width))
-    D = target.new_zeros(heads, 2 * n)
-    shifted = D.as_strided((n - 1, heads, n), (1, 2 * n, 1), 1)  # shifted[k - 1, :, rho] = D[:, rho + k]
-    for t in range(steps):
-        w = S[t] - G[t]
-        columns = slice(t, t + n)
-        code = torch.clamp((w / scales[t]).add_(zeros[t]).round_(), bottom[columns], top[columns])
-        q = scales[t] * (code - zeros[t])
-        e = (w - q) * inverse[columns]
-        codes[t], errors[t] = code, e
-        if couples:
-            D[:, :n] = (S[t] - q).where(inverse[columns] > 0, 0)
-            S[t + 1 : t + n].addcmul_(corrections, shifted, value=-1)
-        reach = width - max(0, t - n + 1)
-        G[t + 1 : t + reach].addcmul_(band[1:reach, None, columns], e)
-    return _unskew(codes, width), _unskew(errors, width)
-
-
-def _skew(part: Tensor) -> Tensor:
-    """[heads, n, width] -> [width + n - 1, heads, n]: element (r, c) at time r + c, rows last to first; else 0."""
-    heads, n, width = part.shape
-    steps = width + n - 1
-    flat = pad(part, (0, n)).flatten(1)[:, : n * steps]  # a row is one longer than the steps: each starts one later
-    return flat.reshape(heads, n, steps).flip(1).permute(2, 0, 1).contiguous()
-
-
-def _unskew(part: Tensor, width: int) -> Tensor:
-    steps, heads, n = part.shape
-    flat = part.permute(1, 2, 0).flip(1).flatten(1)
-    return pad(flat, (0, n)).reshape(heads, n, steps + 1)[:, :, :width]
-
-
-def _band(U: Tensor, n: int) -> Tensor:
-    """U's diagonals as rows: [width, width + 2 (n - 1)] with band[k, n - 1 + c] = U[c, c + k], 0 beyond the tile."""
-    width = U.shape[0]
-    flat = pad(U.triu(), (0, width)).flatten()  # [width, 2 width]
-    rows = flat.as_strided((width, width), (2 * width + 1, 1))  # row c from its diagonal on
-    return pad(rows.t(), (n - 1, n - 1)).contiguous()
-
-
-def _corrections(coupling: Tensor) -> Tensor:
-    """[n - 1, heads, n]: at [k - 1, :, rho] the T[r, r - k] of row r = n - 1 - rho; 0 where there is no row r - k."""
-    n = coupling.shape[1]
-    reversed_rows = coupling.flip(1, 2)  # [rho, rho'] with rho' = rho + k for row r - k
-    flat = pad(reversed_rows, (0, n)).flatten(1)
-    diagonals = flat.as_strided((coupling.shape[0], n, n), (2 * n * n, 2 * n + 1, 1))
-    return diagonals[:, :, 1:].permute(2, 0, 1).contiguous()

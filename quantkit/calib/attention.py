@@ -1,23 +1,24 @@
-"""What attention does with the outputs of the query, key and value projections, as second-order statistics per head.
+"""What attention does with the outputs of the query, key and value projections: second-order statistics per head.
 
-A rounding error dW of a projection changes the attention module's output. To first order the squared change has, for one
-head, these Hessians: l and m are the positions of query and key, x the inputs, a_l the attention probabilities of query
-l, R_l the rotation, q~ = R_l q and k~ = R_m k, J the Jacobian of a query or key norm, W_O the head's columns of the output
-projection, B = W_O^T W_O:
+A rounding error dW of a projection changes the attention module's output. To first order the squared change has, for
+one head, these Hessians: l and m are positions of query and key, x the inputs, a_l the attention probabilities of query
+l, R_l the rotation, q~ = R_l q and k~ = R_m k, J the Jacobian of a query or key norm, W_O the head's columns of the
+output projection, B = W_O^T W_O:
 
     value   sum over l of (a_l X)(a_l X)^T                     (x)   B                                       exact
     query   sum over l of x_l x_l^T  (x)  J_l^T R_l^T Z_l B Z_l^T R_l J_l,       Z_l = covariance of k~ and v under a_l
     key     sum over l, m of x_m x_m^T  (x)  a_lm^2 |v_m - a_l V|_B^2 J_m^T R_m^T q~_l q~_l^T R_m J_m
 
-Each is replaced by the Kronecker product of two averages: X^T X of the inputs (of the value X^T A^T A X) and a row factor
-[head_dim, head_dim]. ``metric="outputs"`` averages the factors above, over evenly spaced query positions of every call.
-``metric="logits"`` is the paper's relaxation (arXiv:2406.13474): the errors of all logits, masked or not, count alike,
+Each is replaced by the Kronecker product of two averages: X^T X of the inputs (of the value X^T A^T A X) and a row
+factor [head_dim, head_dim]. ``metric="outputs"`` averages the factors above, over evenly spaced query positions of
+every call. ``metric="logits"`` is the paper's relaxation (arXiv:2406.13474): the errors of all logits, masked or not,
+count alike,
 
     query   mean over l of J^T R_l^T C_K R_l J,   C_K = k~^T k~           key   the same with C_Q = q~^T q~ of its heads
 
-with the mean over positions in closed form. A constant added to all keys changes no softmax: ``center_keys`` removes the
-mean key of each sequence, and with it what a key bias adds to C_K. Key and value heads that serve several query heads
-get the sum over these. Cross terms between heads, and between keys, are dropped.
+with the mean over positions in closed form. A constant added to all keys changes no softmax: ``center_keys`` removes
+the mean key of each sequence, and with it what a key bias adds to C_K. Key and value heads that serve several query
+heads get the sum over these. Cross terms between heads, and between keys, are dropped.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.calib.rotary import Rotary, no_rotary, rotary
-from quantkit.models.attention import Attention, Projection
+from quantkit.calib.heads import CalledSequence, jacobian_transposed, normed
+from quantkit.calib.rotary import Rotary
+from quantkit.models.attention import Attention
 
 Metric = Literal["outputs", "logits"]
 _SCRATCH_BYTES = 1 << 27  # bound of the [queries, seq_len, head_dim] tensors
@@ -46,8 +48,28 @@ class AttentionStatistics:
 
     query_rows: Tensor  # [heads, head_dim, head_dim]
     key_rows: Tensor  # [kv_heads, head_dim, head_dim]
-    value_rows: Tensor  # [kv_heads, head_dim, head_dim], sum of W_O^T W_O
+    value_rows: Tensor | None  # [kv_heads, head_dim, head_dim], sum of W_O^T W_O; None if it was not asked for
     value_columns: Tensor | None  # [kv_heads, in, in], X^T A^T A X; None if it was not asked for
+
+
+class HeadFactors(NamedTuple):
+    """Rows of one linear that a solver takes together, and the factors of their Hessian."""
+
+    rows: Tensor  # int64 [n], head after head
+    columns: Tensor | None  # [heads, in, in]; None: the linear's own [in, in] from `StatisticsRecorder`
+    row_factors: Tensor | None  # [heads, head_dim, head_dim]; None: independent rows
+
+
+def head_factors(attention: Attention, statistics: AttentionStatistics) -> dict[str, list[HeadFactors]]:
+    """By path of the linear: one entry, or three if queries, keys and values are fused."""
+    found: dict[str, list[HeadFactors]] = {}
+    for projection, columns, row_factors in (
+        (attention.q, None, statistics.query_rows),
+        (attention.k, None, statistics.key_rows),
+        (attention.v, statistics.value_columns, statistics.value_rows),
+    ):
+        found.setdefault(projection.path, []).append(HeadFactors(projection.rows(), columns, row_factors))
+    return found
 
 
 class AttentionRecorder:
@@ -63,13 +85,15 @@ class AttentionRecorder:
         block: nn.Module,
         *,
         metric: Metric = "outputs",
-        value_hessian: bool = True,
+        value_columns: bool = True,
+        value_rows: bool = True,
         center_keys: bool = True,
         queries_per_call: int = 64,
     ) -> None:
         self.problem: str | None = None
         self._attention, self._block = attention, block
-        self._metric, self._value_hessian, self._center_keys = metric, value_hessian, center_keys
+        self._metric, self._center_keys = metric, center_keys
+        self._value_columns, self._value_rows = value_columns, value_rows
         self._queries_per_call = queries_per_call
         self._call: dict[str, Any] = {}
         self._n_calls = 0
@@ -104,8 +128,7 @@ class AttentionRecorder:
             assert self._rotary is not None
             query, key = self._rotary.mean(query), self._rotary.mean(key)
             query, key = (self._pull_back(side, factor) for side, factor in enumerate((query, key)))
-        attention = self._attention
-        value_rows = _per_group(self._output_grams(), attention.kv_heads).sum(1)
+        value_rows = _per_group(self._output_grams(), self._attention.kv_heads).sum(1) if self._value_rows else None
         return AttentionStatistics(query, key, value_rows, self._sums.get("value"))
 
     def _on_arguments(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -128,10 +151,10 @@ class AttentionRecorder:
         self._call.clear()
 
     def _record_sequence(self, sequence: int, output: Tensor) -> None:
-        attention, part = self._attention, _Sequence(self._call, sequence)
+        attention, part = self._attention, CalledSequence(self._call, sequence)
         inputs = part.inputs(attention.q.path)
         raw = [part.heads(projection) for projection in (attention.q, attention.k, attention.v)]
-        q, k = _normed(self._norms[0], raw[0]), _normed(self._norms[1], raw[1])
+        q, k = normed(self._norms[0], raw[0]), normed(self._norms[1], raw[1])
         if not self._n_calls:
             self.problem = self._find_rotary(part, q, k, raw[2], output)
         if self.problem is not None:
@@ -142,10 +165,10 @@ class AttentionRecorder:
         if self._metric == "logits":
             self._add_logits(q, k)
             self._keep_tokens(raw)
-        if self._metric == "outputs" or self._value_hessian:
+        if self._metric == "outputs" or self._value_columns:
             self._add_outputs(part, q, k, raw, inputs)
 
-    def _find_rotary(self, part: _Sequence, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str | None:
+    def _find_rotary(self, part: CalledSequence, q: Tensor, k: Tensor, v: Tensor, output: Tensor) -> str | None:
         """Which channels rotate together shows in the output; the problem, if neither order gives the block's own."""
         worst = torch.inf
         for neighbours in (False, True):
@@ -162,7 +185,7 @@ class AttentionRecorder:
                 return None
         return f"its attention is not softmax(q k^T) v of its projections (they differ by {worst:.0%})"
 
-    def _each_group(self, part: _Sequence, q: Tensor, k: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def _each_group(self, part: CalledSequence, q: Tensor, k: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Attention probabilities [group, seq_len, seq_len] of the query heads of each key head."""
         attention = self._attention
         mask = part.mask(q.shape[1], q.device)
@@ -178,11 +201,11 @@ class AttentionRecorder:
         self._add("query", (keys.mT @ keys).repeat_interleave(group, 0))
         self._add("key", _per_group(q.mT @ q, self._attention.kv_heads).sum(1))
 
-    def _add_outputs(self, part: _Sequence, q: Tensor, k: Tensor, raw: list[Tensor], inputs: Tensor) -> None:
+    def _add_outputs(self, part: CalledSequence, q: Tensor, k: Tensor, raw: list[Tensor], inputs: Tensor) -> None:
         group = self._attention.heads // self._attention.kv_heads
         factors = _square_roots(self._output_grams())  # [heads, head_dim, head_dim]
         for g, probabilities in self._each_group(part, q, k):
-            if self._value_hessian:
+            if self._value_columns:
                 self._add_at("value", g, self._attention.kv_heads, _value_columns(probabilities, inputs))
             if self._metric == "logits":
                 continue
@@ -203,11 +226,11 @@ class AttentionRecorder:
             v_mean, k_mean = weights @ v, weights @ k
             Z = (weights.unsqueeze(1) * v.t()) @ k - v_mean.unsqueeze(2) * k_mean.unsqueeze(1)  # [n, value, key dim]
             Z = self._rotary.rotate(Z.transpose(0, 1), chosen, back=True)  # [value dim, n, key dim]
-            Z = _jacobian_transposed(self._norms[0], raw[0][:, chosen], head, Z).flatten(0, 1)
+            Z = jacobian_transposed(self._norms[0], raw[0][:, chosen], head, Z).flatten(0, 1)
             query_rows += Z.t() @ Z
             spread = v.square().sum(1) - 2 * v_mean @ v.t() + v_mean.square().sum(1, keepdim=True)
             u = self._rotary.rotate(q[chosen].unsqueeze(1).expand(-1, seq_len, -1), back=True)  # [n, seq_len, dim]
-            u = _jacobian_transposed(self._norms[1], raw[1], g, u)
+            u = jacobian_transposed(self._norms[1], raw[1], g, u)
             u = (u * (weights * spread.clamp_min(0).sqrt()).unsqueeze(2)).flatten(0, 1)
             key_rows += u.t() @ u
         self._add_at("query", head, self._attention.heads, query_rows)
@@ -227,7 +250,7 @@ class AttentionRecorder:
         pulled = []
         for head, root in enumerate(_square_roots(factor)):
             columns = root.t().unsqueeze(1).expand(-1, tokens.shape[1], -1)  # [head_dim, n, head_dim]
-            u = _jacobian_transposed(norm, tokens, head, columns).flatten(0, 1)
+            u = jacobian_transposed(norm, tokens, head, columns).flatten(0, 1)
             pulled.append(u.t() @ u / tokens.shape[1])
         return torch.stack(pulled)
 
@@ -247,51 +270,6 @@ class AttentionRecorder:
         self._sums[name][index] += value
 
 
-class _Sequence:
-    """One sequence of a call: what the hooks caught of it, in float32."""
-
-    def __init__(self, call: dict[str, Any], index: int) -> None:
-        self._call, self._index = call, index
-
-    def inputs(self, path: str) -> Tensor:
-        return self._pick(self._call[f"input {path}"]).float()
-
-    def heads(self, projection: Projection) -> Tensor:
-        """[heads, seq_len, head_dim], before norm and rotation."""
-        output = self._pick(self._call[f"output {projection.path}"]).float()
-        rows = projection.rows().to(output.device)
-        return output[:, rows].reshape(-1, projection.heads, projection.head_dim).transpose(0, 1)
-
-    def rotary(self, head_dim: int, neighbours: bool) -> Rotary | None:
-        """None when the position embeddings have an unknown form."""
-        given = self._call.get("position_embeddings")
-        if given is None:
-            output = next(value for key, value in self._call.items() if key.startswith("output "))
-            return no_rotary(output.shape[1], head_dim, output.device)
-        if not (
-            isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, Tensor) and x.ndim == 3 for x in given)
-        ):
-            return None
-        cos, sin = (self._pick(part) for part in given)
-        if cos.shape[1] > head_dim or cos.shape[1] % 2:
-            return None
-        return rotary(cos, sin, head_dim, neighbours=neighbours)
-
-    def mask(self, seq_len: int, device: torch.device) -> Tensor:
-        """Added to the logits: 0 or -inf, [seq_len, seq_len]."""
-        given = self._call.get("attention_mask")
-        if given is None:
-            return torch.full((seq_len, seq_len), -torch.inf, device=device).triu(1)
-        given = self._pick(given)[0]
-        if given.dtype == torch.bool:
-            return torch.zeros(given.shape, device=device).masked_fill(~given, -torch.inf)
-        return given.float()
-
-    def _pick(self, part: Tensor) -> Tensor:
-        """The sequence's share; what is the same for all sequences has a batch size of one."""
-        return part[min(self._index, part.shape[0] - 1)].detach()
-
-
 def _per_group(heads: Tensor, n_groups: int) -> Tensor:
     """[heads, ...] -> [n_groups, heads / n_groups, ...]."""
     return heads.reshape(n_groups, -1, *heads.shape[1:])
@@ -299,7 +277,7 @@ def _per_group(heads: Tensor, n_groups: int) -> Tensor:
 
 def _value_columns(probabilities: Tensor, inputs: Tensor) -> Tensor:
     """sum over the group of X^T A^T A X; [group, L, L], [L, in] -> [in, in], by the cheaper of two orders."""
-    group, seq_len, in_features = len(probabilities), *inputs.shape
+    group, (seq_len, in_features) = len(probabilities), inputs.shape
     per_head = group * in_features * (seq_len + in_features)
     if per_head <= group * seq_len**2 + in_features * (seq_len + in_features):
         mixed = (probabilities @ inputs).flatten(0, 1)
@@ -319,28 +297,3 @@ def _square_roots(matrices: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrices.double())
     roots: Tensor = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
     return roots.to(matrices.dtype)
-
-
-def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
-    """A query or key norm over x [heads, n, head_dim]: of every head alone, or of all heads of a token together."""
-    if norm is None:
-        return x
-    weight: Tensor = norm.weight  # type: ignore[assignment]
-    tokens = x.transpose(0, 1)  # [n, heads, head_dim]
-    flat = weight.ndim == 1 and weight.shape[0] != x.shape[2]
-    parameters = {name: parameter.float() for name, parameter in norm.named_parameters()}
-    normed: Tensor = torch.func.functional_call(norm, parameters, (tokens.flatten(1) if flat else tokens,))
-    return normed.reshape(tokens.shape).transpose(0, 1)
-
-
-def _jacobian_transposed(norm: nn.Module | None, x: Tensor, head: int, y: Tensor) -> Tensor:
-    """J^T y, J the head's block of the norm's Jacobian at each token: x [heads, n, head_dim], y [k, n, head_dim]."""
-    if norm is None:
-        return y
-
-    def one_head(own: Tensor) -> Tensor:
-        return _normed(norm, torch.cat((x[:head], own.unsqueeze(0), x[head + 1 :])))[head]
-
-    _, pull = torch.func.vjp(one_head, x[head])
-    pulled: Tensor = torch.func.vmap(lambda cotangent: pull(cotangent)[0])(y)
-    return pulled

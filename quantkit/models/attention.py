@@ -115,9 +115,9 @@ def _describe(path: str, module: nn.Module) -> Attention | Unsupported:
     if output is None:
         return Unsupported("no output projection beside the query, key and value linears")
     heads = _setting(module, ("num_heads", "num_attention_heads", "n_heads", "n_head"))
-    if not heads or module.get_submodule(output).in_features % heads:  # type: ignore[operator]
+    if not heads or module.get_submodule(output).in_features % heads:
         return Unsupported("the number of query heads is unknown")
-    head_dim = module.get_submodule(output).in_features // heads  # type: ignore[operator]
+    head_dim = module.get_submodule(output).in_features // heads
     projections = _projections(prefix, module, int(heads), int(head_dim))
     if isinstance(projections, Unsupported):
         return projections
