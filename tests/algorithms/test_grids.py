@@ -228,6 +228,27 @@ def test_free_bit_is_the_least_squares_partition(size: int, kind: str) -> None:
         assert error[row] <= best + allowed[row] + 1e-12
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_searched_bit_beats_a_refit_by_hand(symmetric: bool, seed: int) -> None:
+    """Signs of the plain fit, then the levels that minimize ||(q - w) L||^2 for these signs, then the nearest codes."""
+    weight, metric = random_weight(6, 16, seed), metric_of(16, seed)
+    plain = GRIDS["minmax"](weight, 1, symmetric, metric)
+    searched = hessian(weight, 1, symmetric, metric)
+    signs = 2 * quantize(weight, plain, 1) - 1
+    refit = []
+    for row in range(6):
+        design = torch.stack([signs[row] @ metric] + ([] if symmetric else [metric.sum(0)]), dim=1)
+        solution = torch.linalg.lstsq(design, (weight[row] @ metric).unsqueeze(1)).solution.flatten().tolist()
+        half_step, center = solution[0], 0.0 if symmetric else solution[1]
+        levels = torch.tensor([center - half_step, center + half_step], dtype=torch.float64)
+        nearest = levels[(weight[row].unsqueeze(1) - levels).abs().argmin(1)]
+        refit.append(((nearest - weight[row]) @ metric).square().sum())
+    losses = [(exact_error(weight, grid, 1) @ metric).square().sum(1) for grid in (searched, plain)]
+    assert (losses[0] <= torch.stack(refit) * (1 + 0.01)).all()  # levels are stored in float16
+    assert losses[0].sum() < losses[1].sum()
+
+
 # --- searches -----------------------------------------------------------------------------------------------------
 
 
@@ -280,7 +301,8 @@ SEARCHES: dict[str, tuple[list[float], tuple[int, ...]]] = {
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_search_is_at_least_as_good_as_a_literal_loop(name: str, bits: int, symmetric: bool) -> None:
     """Over every documented candidate; a search may look at more, never at fewer."""
-    weight = random_weight(3, 12, 8)
+    weight = random_weight(3, 64, 8)
+    weight[2, 5] = 2.5 * weight[2].abs().max()  # worth clipping
     loss = own_loss(name, weight)
     found = loss(exact_error(weight, fit(name, weight, bits, symmetric), bits))
     factors, offsets = SEARCHES[name]
@@ -292,6 +314,18 @@ def test_search_is_at_least_as_good_as_a_literal_loop(name: str, bits: int, symm
         ]
         least = min(float(loss(exact_error(weight[row : row + 1], grid, bits))) for grid in candidates)
         assert found[row] <= least * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4, 0.7])
+@pytest.mark.parametrize("name", ["mse", "hessian"])
+def test_weights_on_the_levels_of_a_narrow_range_are_found(name: str, share: float) -> None:
+    """All but one weight lie on the four levels of [0, share], many enough to give up the one at 1."""
+    levels = share / 3 * torch.arange(4, dtype=torch.float64)
+    weight = torch.cat([levels.repeat(500), torch.ones(1, dtype=torch.float64)]).unsqueeze(0)
+    grid = GRIDS[name](weight, 2, False, torch.eye(2001, dtype=torch.float64))
+    error = exact_error(weight, grid, 2)[0]
+    assert error[:-1].abs().max() <= 0.011  # the candidates lie 1 or 2 % of the range apart
+    assert error[-1] == pytest.approx(share - 1, abs=0.02)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("mse", 3400), ("hessian", 6000)])
