@@ -126,7 +126,10 @@ def _best_swap(order: Sequence[int], chosen: set[int], steps: list[int], room: i
 
 
 def marginal_widths(
-    losses: Sequence[Sequence[float]], n_bytes: Sequence[Sequence[int]], budget: int
+    losses: Sequence[Sequence[float]],
+    n_bytes: Sequence[Sequence[int]],
+    budget: int,
+    tolerance: int | None = None,
 ) -> tuple[int, ...]:
     """For each unit the index of its width, by the greatest fall of the loss per byte, again and again.
 
@@ -134,6 +137,8 @@ def marginal_widths(
         losses: ``[units][widths]``, of each unit at each width, widths ascending.
         n_bytes: ``[units][widths]``, true bytes.
         budget: bytes of all units together; never exceeded.
+        tolerance: when more bytes than this stay unused, one unit gives up a step for a larger step of another, as long
+            as that helps. None: never.
 
     Raises:
         RequestError: the lowest widths alone exceed the budget.
@@ -162,7 +167,31 @@ def marginal_widths(
         following = next_step(unit)
         if following:
             heapq.heappush(heap, following)
+    while tolerance is not None and room > tolerance:
+        exchange = _best_exchange(losses, n_bytes, widths, room)
+        if exchange is None:
+            break
+        used, _, down, up = exchange
+        widths[down] -= 1
+        widths[up] += 1
+        room -= used
     return tuple(widths)
+
+
+def _best_exchange(
+    losses: Sequence[Sequence[float]], n_bytes: Sequence[Sequence[int]], widths: list[int], room: int
+) -> tuple[int, float, int, int] | None:
+    """(bytes used, gain, down, up) of the exchange that uses most of the room, among equals the one that gains most."""
+    best = None
+    for down in (unit for unit, index in enumerate(widths) if index):
+        freed = n_bytes[down][widths[down]] - n_bytes[down][widths[down] - 1]
+        lost = losses[down][widths[down] - 1] - losses[down][widths[down]]
+        for up in (unit for unit, index in enumerate(widths) if index + 1 < len(losses[unit]) and unit != down):
+            used = n_bytes[up][widths[up] + 1] - n_bytes[up][widths[up]] - freed
+            gain = losses[up][widths[up]] - losses[up][widths[up] + 1] - lost
+            if 0 < used <= room and (best is None or (used, gain) > best[:2]):
+                best = used, gain, down, up
+    return best
 
 
 def _room(budget: int, least: int) -> int:

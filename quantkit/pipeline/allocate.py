@@ -86,7 +86,7 @@ def allocate(units: Sequence[Unit], scores: Sequence[Score], budget: Budget, rec
     widths = _widths(recipe, budget)
     n_bytes = [[bytes_at(unit.linears, recipe, bits) for bits in widths] for unit in units]
     if recipe.allocator == "error":
-        picks: Sequence[int] = marginal_widths(scores, n_bytes, budget.n_bytes)
+        picks: Sequence[int] = marginal_widths(scores, n_bytes, budget.n_bytes, budget.tolerance)
     else:
         order = _order([score[0] for score in scores], recipe)
         lo, hi = zip(*n_bytes, strict=True)

@@ -155,6 +155,29 @@ def test_marginal_widths_leave_out_only_what_does_not_fit(units: list[tuple[int,
     assert all(pick == 2 or sizes[pick + 1] - sizes[pick] > unused for sizes, pick in zip(n_bytes, picks, strict=True))
 
 
+def test_an_exchange_comes_closer_to_the_budget() -> None:
+    losses, n_bytes = [[9.0, 1.0], [5.0, 4.0], [5.0, 3.0]], [[0, 4], [0, 9], [0, 9]]
+    assert marginal_widths(losses, n_bytes, budget=9) == (1, 0, 0)
+    assert marginal_widths(losses, n_bytes, budget=9, tolerance=5) == (1, 0, 0)
+    assert marginal_widths(losses, n_bytes, budget=9, tolerance=4) == (0, 0, 1)
+
+
+@law
+@given(SIZES, st.floats(0, 1.2), st.integers(0, 20))
+def test_exchanges_use_more_and_never_too_much(
+    units: list[tuple[int, int, float]], share: float, tolerance: int
+) -> None:
+    n_bytes = [[lo, lo + step, lo + 2 * step + 1] for lo, step, _ in units]
+    losses = [[score + 2, score + 1, score] for _, _, score in units]
+    budget = sum(sizes[0] for sizes in n_bytes) + int(share * sum(sizes[2] - sizes[0] for sizes in n_bytes))
+    plain, closer = (
+        sum(sizes[pick] for sizes, pick in zip(n_bytes, marginal_widths(losses, n_bytes, budget, each), strict=True))
+        for each in (None, tolerance)
+    )
+    assert plain <= closer <= budget
+    assert closer == plain or budget - plain > tolerance
+
+
 def test_a_budget_below_the_lowest_width_is_refused() -> None:
     with pytest.raises(RequestError, match="the budget of 5 bytes is below the 6 bytes of the lowest width"):
         two_widths([0, 1], [3, 3], [4, 4], budget=5)
