@@ -26,9 +26,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "solver": tuple(SOLVERS),
     "act_order": ("none", "group", "full"),
     "criterion": ("mse", "kl"),
+    "qk_metric": ("outputs", "logits"),
 }
 _OPTIONAL: dict[str, type] = {"bits": float, "bpw": float, "group_size": int, "lo": int, "hi": int}  # may be null
 _LINEAR_ALLOCATORS = ("zd", "error", "random")  # those that can tell the linears of a block apart
+_BOA_SETTINGS = ("block_v", "v_row_factor", "qk_metric", "center_keys", "row_order", "joint_rows", "late_grids")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,15 @@ class Recipe:
     refine: int = field(default=0, metadata={"help": "rounds of least-squares scales and coordinate descent after it"})
     sequential: bool = field(default=False, metadata={"help": "quantize a block in stages, re-reading inputs"})
     criterion: str = field(default="mse", metadata={"help": "sba: mse (Hessian) or kl (the authors')"})
+    block_v: bool = field(default=True, metadata={"help": "boa: values by their inputs as attention mixes them"})
+    v_row_factor: bool = field(default=True, metadata={"help": "boa: values by what the output projection reads"})
+    qk_metric: str = field(
+        default="outputs", metadata={"help": "boa: errors of queries and keys count in outputs or in logits (paper)"}
+    )
+    center_keys: bool = field(default=True, metadata={"help": "boa, qk_metric=logits: without each text's mean key"})
+    row_order: bool = field(default=True, metadata={"help": "boa: visit the rows of a head by descending importance"})
+    joint_rows: bool = field(default=False, metadata={"help": "boa: rows of a block not against each other (turboboa)"})
+    late_grids: bool = field(default=True, metadata={"help": "boa: scales fitted on corrected rows; false: beforehand"})
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -76,6 +87,7 @@ class Recipe:
         if not 0 <= self.damping <= 100:
             raise RequestError(f"damping is a fraction of mean(diag(H)), 0 to 100, not {self.damping:g}")
         self._check_combination()
+        self._check_boa()
         self._check_widths()
 
     def _check_combination(self) -> None:
@@ -93,6 +105,13 @@ class Recipe:
             raise RequestError("correction changes what a compensating solver aims at; solver=rtn compensates nothing")
         if not 0 <= self.refine <= 100:
             raise RequestError(f"refine is a number of rounds, 0 to 100, not {self.refine}")
+
+    def _check_boa(self) -> None:
+        if self.solver == "boa":
+            return
+        for item in fields(self):
+            if item.name in _BOA_SETTINGS and getattr(self, item.name) != item.default:
+                raise RequestError(f"{item.name} is a setting of solver=boa; use --method boa")
 
     def _check_widths(self) -> None:
         if not self.mixes_widths:

@@ -41,6 +41,18 @@ METHODS: dict[str, Method] = {
         defaults={"allocator": "sba", "grid": "sqc"},
         bits=(2, 7),
     ),
+    "boa": Method(
+        title="BoA",
+        paper="arXiv:2406.13474",
+        summary="GPTQ that rounds query, key and value weights for the attention's output, across rows of a head too.",
+        defaults={"solver": "boa"},
+    ),
+    "turboboa": Method(
+        title="TurboBoA",
+        paper="arXiv:2602.04929",
+        summary="BoA with rows taken together, aimed at the float model's outputs, and refined afterwards.",
+        defaults={"solver": "boa", "joint_rows": True, "correction": 0.25, "refine": 1},
+    ),
     "layerwise": Method(
         title="Layer-wise beyond integer bits",
         paper="arXiv:2406.17415",
@@ -76,4 +88,5 @@ GRID_CHOICES: dict[str, str] = {
 SOLVERS: dict[str, str] = {
     "rtn": "rounding",
     "gptq": "column by column with compensation through the inverse Hessian",
+    "boa": "gptq, and for query, key and value also row by row, by what attention does with them",
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from quantkit.algorithms.boa import BoAConfig, boa
 from quantkit.algorithms.correction import corrected_target
 from quantkit.algorithms.gptq import GPTQConfig, gptq
 from quantkit.algorithms.grids import GRIDS
@@ -14,6 +16,8 @@ from quantkit.algorithms.hessian import damped, without_dead_columns
 from quantkit.algorithms.refine import refine
 from quantkit.algorithms.rtn import rtn
 from quantkit.algorithms.slim import SBAConfig, sba
+from quantkit.algorithms.turboboa import refine_heads
+from quantkit.calib.attention import HeadFactors
 from quantkit.calib.statistics import InputStatistics
 from quantkit.errors import QuantkitError
 from quantkit.formats.grouped_int import GroupedInt
@@ -24,30 +28,46 @@ SAMPLE_ROWS = 8192  # inputs kept per linear when an allocator looks at outputs
 
 
 class Solved(NamedTuple):
-    """A quantized linear, ||X (T - Q)^T|| / ||X T^T|| with T the weight (or the corrected target), and the damping that the solver needed (0: none)."""
+    """A quantized linear, its ||X (T - Q)^T|| / ||X T^T||, and the damping that the solver needed (0: none).
+
+    T is the weight, or what a correction aims at instead.
+    """
 
     weight: GroupedInt
     relative_error: float
     damping: float
 
 
-def solve_linear(linear: Linear, weight: Tensor, statistics: InputStatistics | None, recipe: Recipe) -> Solved:
+def solve_linear(
+    linear: Linear,
+    weight: Tensor,
+    statistics: InputStatistics | None,
+    recipe: Recipe,
+    heads: Sequence[HeadFactors] = (),
+) -> Solved:
     """Quantize one linear by the recipe.
 
     Args:
         weight: float ``[out_features, in_features]``.
         statistics: of its inputs; None when the recipe needs no calibration.
+        heads: for ``solver=boa``, what attention does with its outputs; all rows, each once. Without it BoA is GPTQ.
 
     Raises:
         QuantkitError: with the linear's name in front.
     """
     try:
-        return _solve(linear, weight.float(), statistics, recipe)
+        return _solve(linear, weight.float(), statistics, recipe, heads)
     except QuantkitError as error:
         raise type(error)(f"{linear.name}: {error}") from error
 
 
-def _solve(linear: Linear, weight: Tensor, statistics: InputStatistics | None, recipe: Recipe) -> Solved:
+def _solve(
+    linear: Linear,
+    weight: Tensor,
+    statistics: InputStatistics | None,
+    recipe: Recipe,
+    heads: Sequence[HeadFactors],
+) -> Solved:
     hessian = statistics.hessian() if statistics else None
     if hessian is None and recipe.needs_calibration:
         # An expert that no calibration token reached: all inputs count alike, which is plain rounding.
@@ -60,6 +80,10 @@ def _solve(linear: Linear, weight: Tensor, statistics: InputStatistics | None, r
     cross = statistics.cross() if statistics else None
     if cross is not None and hessian is not None:
         weight = corrected_target(weight, hessian, cross, recipe.correction, recipe.damping)
+    if heads:
+        assert hessian is not None
+        quantized, damping = _solve_heads(weight, hessian, heads, bits, recipe)
+        return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
     if recipe.solver == "rtn":
         quantized, damping = rtn(weight, bits, recipe.symmetric, fit, hessian), 0.0
     else:
@@ -72,6 +96,31 @@ def _solve(linear: Linear, weight: Tensor, statistics: InputStatistics | None, r
         target, metric = without_dead_columns(weight, hessian)
         quantized = refine(target, damped(metric, max(damping, recipe.damping)), quantized, recipe.refine)
     return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
+
+
+def _solve_heads(
+    weight: Tensor, hessian: Tensor, heads: Sequence[HeadFactors], bits: tuple[int, ...], recipe: Recipe
+) -> tuple[GroupedInt, float]:
+    """Queries, keys and values each by their own Hessian, whether they share a linear or not."""
+    config = BoAConfig(
+        damping=recipe.damping,
+        act_order=recipe.act_order,  # type: ignore[arg-type]
+        row_order=recipe.row_order,
+        joint_rows=recipe.joint_rows,
+        late_grids=recipe.late_grids,
+    )
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scales, zeros = (torch.empty(len(weight), len(bits), device=weight.device) for _ in range(2))
+    damping = recipe.damping
+    for part in heads:
+        rows = part.rows.to(weight.device)
+        columns = hessian if part.columns is None else part.columns
+        own, R = weight[rows], part.row_factors
+        solution = boa(own, columns, R, bits, recipe.symmetric, GRIDS[recipe.grid_name], config)
+        damping = max(damping, solution.damping)
+        solved = refine_heads(own, columns, R, solution.weight, recipe.refine, max(recipe.damping, solution.damping))
+        codes[rows], scales[rows], zeros[rows] = solved.codes, solved.scales, solved.zeros
+    return GroupedInt(codes=codes, scales=scales, zeros=zeros, bits=bits, symmetric=recipe.symmetric), damping
 
 
 def _allocate_sba(

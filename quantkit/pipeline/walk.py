@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.calib.attention import HeadFactors
 from quantkit.calib.datasets import Calibration
 from quantkit.calib.hidden_states import BlockCalls, HiddenStates, capture_block_inputs
 from quantkit.calib.sources import source_name
@@ -40,6 +41,7 @@ from quantkit.pipeline.allocate import (
     random_scores,
     score_block,
 )
+from quantkit.pipeline.attend import AttentionWatch
 from quantkit.pipeline.budget import Budget, Unit, budget_of, units_of
 from quantkit.pipeline.journal import Journal, refuse_existing
 from quantkit.pipeline.output import assemble
@@ -158,6 +160,7 @@ class _Walk:
         self.float_hidden: HiddenStates | None = None  # the float model's, where the recipe corrects towards it
         self.calls: BlockCalls | None = None
         self.widths: dict[str, int] = {}  # of each linear, where the recipe mixes them
+        self.heads: dict[str, list[HeadFactors]] = {}  # solver=boa: what attention does with a linear's outputs
 
     def run(self) -> None:
         blocks, n_finished = self.skeleton.blocks, len(self.journal.finished)
@@ -293,10 +296,13 @@ class _Walk:
         wants_rows = self.recipe.allocator == "sba" and self.recipe.criterion == "kl"
         rows = -(-SAMPLE_ROWS // len(self.hidden)) if wants_rows else 0
         recorder = StatisticsRecorder({linear.path: module.get_submodule(linear.path) for linear in stage}, rows)
-        with recorder.recording():
+        paths = [linear.path for linear in stage]
+        watch = AttentionWatch(self.skeleton.blocks[index].name, module, paths, self.recipe, self.listener.note)
+        with recorder.recording(), watch.recording():
             for sample in range(len(self.hidden)):
                 recorder.next_call(self._float_inputs(index, float_module, stage, sample))
                 self._call(index, module, sample)
+        self.heads = watch.factors()
         return recorder
 
     def _float_inputs(
@@ -337,7 +343,8 @@ class _Walk:
                 f"{linear.name}: no calibration token reached it; its inputs are taken as equally important"
             )
         recipe = self.recipe.at(self.widths[linear.name]) if self.widths else self.recipe
-        solved = solve_linear(linear, module.get_submodule(linear.path).weight, statistics, recipe)  # type: ignore[arg-type]
+        weight: Tensor = module.get_submodule(linear.path).weight  # type: ignore[assignment]
+        solved = solve_linear(linear, weight, statistics, recipe, self.heads.get(linear.path, ()))
         if solved.damping > self.recipe.damping:
             self.listener.note(f"{linear.name}: Hessian not positive definite; damping raised to {solved.damping:g}")
         return solved
