@@ -43,6 +43,7 @@ ROW_KINDS: dict[str, RowKind] = {
     "negative": lambda size, generator: -0.1 - _normal(size, generator).abs(),
     "two values": lambda size, generator: _normal(size, generator).sign(),
     "subnormal scale": lambda size, generator: 1e-6 * _normal(size, generator),  # range / 3 is subnormal in float16
+    "negative, subnormal scale": lambda size, generator: -3e-6 * _normal(size, generator).abs(),  # rounds down far
     "below every scale": lambda size, generator: 1e-12 * _normal(size, generator),
     "subnormal": lambda size, generator: 1e-41 * _normal(size, generator),  # subnormal in float32
     "large": lambda size, generator: 1e4 * _normal(size, generator).clamp(-3, 3),

@@ -56,6 +56,7 @@ def test_every_choice_is_a_grid() -> None:
 @example(weight=torch.full((2, 5), 0.3), bits=1, symmetric=False, name="hessian")  # signs all alike: a singular fit
 @example(weight=torch.tensor([[1.0, 1.0, 1.0, 1.00001]]), bits=1, symmetric=False, name="hessian")
 @example(weight=torch.tensor([[-0.0, -0.0]]), bits=2, symmetric=False, name="sqc")
+@example(weight=torch.tensor([[-15 * 1.45 * 2.0**-24, 0.0]]), bits=4, symmetric=False, name="minmax")  # -lo / s = 21.75
 def test_grid_can_be_stored_and_codes_are_in_range(weight: Tensor, bits: int, symmetric: bool, name: str) -> None:
     kept = weight.clone()
     grid = fit(name, weight, bits, symmetric)
