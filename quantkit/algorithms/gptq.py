@@ -117,7 +117,7 @@ def _solve_groups(
 ) -> tuple[Tensor, list[Grid], float]:
     """Whole groups in the order of ``perm``; each grid is fitted when its group is reached."""
     group_size = W.shape[1] // len(bits)
-    remaining = W[:, perm].clone()  # columns in visiting order, compensated as we go
+    remaining = W[:, perm]  # columns in visiting order, compensated as we go
     codes = torch.empty_like(W)
     grids: dict[int, Grid] = {}
     loss = 0.0
@@ -173,7 +173,7 @@ def _solve_columns(
 ) -> tuple[Tensor, list[Grid], float]:
     """Single columns in the order of ``perm`` with grids that are known beforehand."""
     group_size = W.shape[1] // len(bits)
-    remaining = W[:, perm].clone()
+    remaining = W[:, perm]
     codes = torch.empty_like(W)
     loss = 0.0
     for first in range(0, W.shape[1], config.block_size):
