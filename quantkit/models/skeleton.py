@@ -5,6 +5,7 @@ Nothing here ever holds more than what was asked for: one block, or the parts ar
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -69,8 +70,9 @@ class Skeleton:
         return module
 
     def release_block(self, index: int) -> None:
-        """Back to the meta device."""
+        """Back to the meta device, and the memory back to the system."""
         self.block_module(index).to("meta")
+        _trim_heap()
 
     def load_surroundings(self, device: torch.device, dtype: torch.dtype) -> None:
         """Fill everything that runs before the blocks: all but the blocks, the output head and what follows them."""
@@ -157,6 +159,13 @@ class Skeleton:
             if hasattr(candidate, "_init_weights"):
                 owner = candidate
         return owner
+
+
+def _trim_heap() -> None:
+    """glibc keeps pages between live pieces of its heap; over 56 blocks of 4 MiB they came to 50 MiB."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
 
 
 def _check_finite(ref: TensorRef) -> None:
