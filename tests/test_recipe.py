@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import law
 
@@ -120,7 +120,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
     return chosen.map(attempt).filter(lambda recipe: recipe is not None)  # type: ignore[return-value]
 
 
-@law
+@settings(law, max_examples=25)
 @given(recipes())
 def test_recipe_survives_json_and_yaml(recipe: Recipe) -> None:
     assert recipe_from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
@@ -128,7 +128,7 @@ def test_recipe_survives_json_and_yaml(recipe: Recipe) -> None:
     assert set(recipe.to_json()) == {item.name for item in fields(Recipe)}
 
 
-@law
+@settings(law, max_examples=25)
 @given(recipes())
 def test_recipe_of_one_linear_is_uniform(recipe: Recipe) -> None:
     """What an allocator hands to the solver keeps solver, grid and groups, at a whole width."""
