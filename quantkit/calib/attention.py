@@ -72,6 +72,18 @@ def head_factors(attention: Attention, statistics: AttentionStatistics) -> dict[
     return found
 
 
+class _Head(NamedTuple):
+    """One query head of one sequence."""
+
+    query_head: int
+    key_head: int
+    probabilities: Tensor  # a [seq_len, seq_len]
+    weights: Tensor  # the same times the slope of a soft cap
+    q: Tensor  # [seq_len, head_dim], as they are multiplied
+    k: Tensor
+    v: Tensor  # [seq_len, head_dim], in a basis where |.|_B is the plain norm
+
+
 class AttentionRecorder:
     """Hooks on one block that gather `AttentionStatistics` while calibration samples run through it.
 
@@ -104,6 +116,7 @@ class AttentionRecorder:
         )
         self._sums: dict[str, Tensor] = {}
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._roots: Tensor | None = None  # S [heads, head_dim, head_dim] with S S^T = B
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -175,7 +188,8 @@ class AttentionRecorder:
             positions = part.rotary(self._attention.head_dim, neighbours)
             if positions is None:
                 return "its rotary position embeddings have an unknown form"
-            own = torch.cat([a @ v[g] for g, a in self._each_group(part, positions.rotate(q), positions.rotate(k))])
+            groups = self._each_group(part, positions.rotate(q), positions.rotate(k))
+            own = torch.cat([a @ v[g] for g, a, _ in groups])
             own = own.transpose(0, 1).flatten(1)
             if own.shape != output.shape:
                 break
@@ -185,15 +199,20 @@ class AttentionRecorder:
                 return None
         return f"its attention is not softmax(q k^T) v of its projections (they differ by {worst:.0%})"
 
-    def _each_group(self, part: CalledSequence, q: Tensor, k: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Attention probabilities [group, seq_len, seq_len] of the query heads of each key head."""
+    def _each_group(self, part: CalledSequence, q: Tensor, k: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Index of each key head; attention probabilities of its query heads [group, seq_len, seq_len], and these times
+        the derivative of the logits by what a soft cap receives."""
         attention = self._attention
         mask = part.mask(q.shape[1], q.device)
         for g, heads in enumerate(_per_group(q, attention.kv_heads)):
             logits = heads @ k[g].t() * attention.scaling
-            if attention.softcap:
-                logits = attention.softcap * torch.tanh(logits / attention.softcap)
-            yield g, (logits + mask).softmax(-1)
+            if not attention.softcap:
+                probabilities = (logits + mask).softmax(-1)
+                yield g, probabilities, probabilities
+                continue
+            capped = torch.tanh(logits / attention.softcap)
+            probabilities = (attention.softcap * capped + mask).softmax(-1)
+            yield g, probabilities, probabilities * (1 - capped.square())
 
     def _add_logits(self, q: Tensor, k: Tensor) -> None:
         keys = k - k.mean(1, keepdim=True) if self._center_keys else k
@@ -203,38 +222,41 @@ class AttentionRecorder:
 
     def _add_outputs(self, part: CalledSequence, q: Tensor, k: Tensor, raw: list[Tensor], inputs: Tensor) -> None:
         group = self._attention.heads // self._attention.kv_heads
-        factors = _square_roots(self._output_grams())  # [heads, head_dim, head_dim]
-        for g, probabilities in self._each_group(part, q, k):
+        if self._roots is None:  # the output projection does not change while it is recorded
+            self._roots = _square_roots(self._output_grams())
+        for g, probabilities, weights in self._each_group(part, q, k):
             if self._value_columns:
                 self._add_at("value", g, self._attention.kv_heads, _value_columns(probabilities, inputs))
             if self._metric == "logits":
                 continue
-            for member, a in enumerate(probabilities):
+            for member in range(group):
                 head = g * group + member
-                self._add_head(head, g, a, q[head], k[g], raw[2][g] @ factors[head], raw)
+                v = raw[2][g] @ self._roots[head]
+                self._add_head(_Head(head, g, probabilities[member], weights[member], q[head], k[g], v), raw)
 
-    def _add_head(self, head: int, g: int, a: Tensor, q: Tensor, k: Tensor, v: Tensor, raw: list[Tensor]) -> None:
-        """a [seq_len, seq_len]; q, k, v [seq_len, head_dim], v in a basis where |.|_B is the plain norm."""
+    def _add_head(self, head: _Head, raw: list[Tensor]) -> None:
+        """The factors of metric="outputs"; raw: queries and keys of all heads before norm and rotation."""
         assert self._rotary is not None
-        seq_len, head_dim = q.shape
-        positions = _spread(seq_len, self._queries_per_call, self._n_calls, q.device)
+        seq_len, head_dim = head.q.shape
+        positions = _spread(seq_len, self._queries_per_call, self._n_calls, head.q.device)
         step = max(1, _SCRATCH_BYTES // (4 * seq_len * head_dim))
-        query_rows, key_rows = (torch.zeros(head_dim, head_dim, device=q.device) for _ in range(2))
+        query_rows, key_rows = (torch.zeros(head_dim, head_dim, device=head.q.device) for _ in range(2))
         for start in range(0, len(positions), step):
             chosen = positions[start : start + step]
-            weights = a[chosen]  # [n, seq_len]
-            v_mean, k_mean = weights @ v, weights @ k
-            Z = (weights.unsqueeze(1) * v.t()) @ k - v_mean.unsqueeze(2) * k_mean.unsqueeze(1)  # [n, value, key dim]
+            weights = head.weights[chosen]  # [n, seq_len]
+            v_mean, k_mean = head.probabilities[chosen] @ head.v, weights @ head.k
+            Z = (weights.unsqueeze(1) * head.v.t()) @ head.k - v_mean.unsqueeze(2) * k_mean.unsqueeze(1)
             Z = self._rotary.rotate(Z.transpose(0, 1), chosen, back=True)  # [value dim, n, key dim]
-            Z = jacobian_transposed(self._norms[0], raw[0][:, chosen], head, Z).flatten(0, 1)
+            Z = jacobian_transposed(self._norms[0], raw[0][:, chosen], head.query_head, Z).flatten(0, 1)
             query_rows += Z.t() @ Z
-            spread = v.square().sum(1) - 2 * v_mean @ v.t() + v_mean.square().sum(1, keepdim=True)
-            u = self._rotary.rotate(q[chosen].unsqueeze(1).expand(-1, seq_len, -1), back=True)  # [n, seq_len, dim]
-            u = jacobian_transposed(self._norms[1], raw[1], g, u)
-            u = (u * (weights * spread.clamp_min(0).sqrt()).unsqueeze(2)).flatten(0, 1)
+            distances = head.v.square().sum(1) - 2 * v_mean @ head.v.t() + v_mean.square().sum(1, keepdim=True)
+            u = head.q[chosen].unsqueeze(1).expand(-1, seq_len, -1)
+            u = self._rotary.rotate(u, back=True)  # [n, seq_len, key dim]
+            u = jacobian_transposed(self._norms[1], raw[1], head.key_head, u)
+            u = (u * (weights * distances.clamp_min(0).sqrt()).unsqueeze(2)).flatten(0, 1)
             key_rows += u.t() @ u
-        self._add_at("query", head, self._attention.heads, query_rows)
-        self._add_at("key", g, self._attention.kv_heads, key_rows)
+        self._add_at("query", head.query_head, self._attention.heads, query_rows)
+        self._add_at("key", head.key_head, self._attention.kv_heads, key_rows)
 
     def _keep_tokens(self, raw: list[Tensor]) -> None:
         if any(norm is not None for norm in self._norms):

@@ -63,7 +63,7 @@ def normed(norm: nn.Module | None, x: Tensor) -> Tensor:
     weight: Tensor = norm.weight  # type: ignore[assignment]
     tokens = x.transpose(0, 1)  # [n, heads, head_dim]
     flat = weight.ndim == 1 and weight.shape[0] != x.shape[2]
-    parameters = {name: parameter.float() for name, parameter in norm.named_parameters()}
+    parameters = {name: parameter.detach().float() for name, parameter in norm.named_parameters()}
     normed: Tensor = torch.func.functional_call(norm, parameters, (tokens.flatten(1) if flat else tokens,))
     return normed.reshape(tokens.shape).transpose(0, 1)
 
