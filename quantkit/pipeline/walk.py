@@ -81,10 +81,10 @@ def quantize(
     Raises:
         RequestError, FileError, NumericalError: see their messages. Finished blocks survive; the same call resumes.
 
-    >>> quantize("demo", method="gtpq")
+    >>> quantize("demo", method="gtpq")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    quantkit.errors.RequestError: unknown method 'gtpq'; did you mean 'gptq'? known: gptq, layerwise, luq, rtn, slim
+    quantkit.errors.RequestError: unknown method 'gtpq'; did you mean 'gptq'? known: ...
     """
     file = Path(recipe_file) if recipe_file is not None else None
     recipe = resolve(method, bits=bits, bpw=bpw, group_size=group_size, settings=settings, file=file)
