@@ -183,11 +183,12 @@ def _damaged(ref: TensorRef) -> NumericalError:
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise RequestError(
             f"{folder}: config.json cannot be read as a transformers model ({_first_line(error)})"
         ) from error
@@ -214,5 +215,7 @@ def _build(config: Any, trust_remote_code: bool) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    if isinstance(error.__cause__, TypeError):  # of a field's type; what wraps it says less
+        error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

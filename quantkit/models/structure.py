@@ -71,23 +71,23 @@ def describe_blocks(model: nn.Module, block_list: str) -> list[Block]:
 def _describe(name: str, block: nn.Module) -> Block:
     linears, skipped = [], []
     for path, module in block.named_modules():
-        full = f"{name}.{path}"
-        if isinstance(module, nn.Linear):
-            reason = _skip_reason(path, module, block)
-            if reason:
-                skipped.append((full, reason))
-            else:
-                linears.append(Linear(full, path, module.out_features, module.in_features))
-        elif any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
-            skipped.append((full, f"{type(module).__name__} is not a linear layer"))
+        if not any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
+            continue
+        full = f"{name}.{path}" if path else name
+        reason = _skip_reason(path, module, block)
+        if reason:
+            skipped.append((full, reason))
+        else:
+            assert isinstance(module, nn.Linear)
+            linears.append(Linear(full, path, module.out_features, module.in_features))
     return Block(name, tuple(linears), tuple(skipped))
 
 
-def _skip_reason(path: str, linear: nn.Linear, block: nn.Module) -> str:
+def _skip_reason(path: str, module: nn.Module, block: nn.Module) -> str:
     parent = block.get_submodule(path.rpartition(".")[0])
     has_experts = any(child == "experts" for child, _ in parent.named_children())
     if has_experts and path.rpartition(".")[2] in ("gate", "router", "shared_expert_gate"):
         return "router: its few weights decide which experts run"
-    if linear.out_features == 1:
-        return "a single output"
-    return ""
+    if not isinstance(module, nn.Linear):
+        return f"{type(module).__name__} is not a linear layer"
+    return "a single output" if module.out_features == 1 else ""
