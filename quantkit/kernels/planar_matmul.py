@@ -16,11 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantkit.errors import RequestError
 from quantkit.formats.grouped_int import GroupedIntSpec, symmetric_zero
 from quantkit.kernels.planar import PlanarSegment, has_zeros, padded_rows, planar_segments
 
@@ -130,14 +133,21 @@ def fused_matmul(
     per_split: tuple[int, ...],
 ) -> Tensor:
     """One launch of `fused_kernel`; x is contiguous, float16 or bfloat16. ``per_split``: as `choose_splits`."""
-    from quantkit.kernels.grouped_int_triton import fused_kernel
-
     out = x.new_empty(x.shape[0], spec.out_features)
     partial = x.new_empty(partial_size(x.shape[0], spec, config, per_split), dtype=torch.float32)
     grid, arguments = fused_launch(x, spec, tensors, bias, out, partial, config=config, per_split=per_split)
     with torch.cuda.device(x.device):  # Triton launches on the current device
-        fused_kernel[grid](**arguments, ASM=True)
+        triton_kernels().fused_kernel[grid](**arguments, ASM=True)
     return out
+
+
+def triton_kernels() -> ModuleType:
+    """The module of the kernels. Raises `RequestError` where Triton is not installed."""
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RequestError("packed weights on a GPU need Triton; run: pip install 'quantkit[kernels]'") from error
+    return import_module("quantkit.kernels.grouped_int_triton")
 
 
 def partial_size(n_tokens: int, spec: GroupedIntSpec, config: Config, per_split: tuple[int, ...]) -> int:
@@ -166,6 +176,7 @@ def fused_launch(
     splits = _split_counts(spec, per_split)
     grid = (padded_rows(spec) // config.rows, sum(splits), -(-x.shape[0] // config.tokens))
     assert x.is_contiguous()
+    assert tensors["planar_scales"].numel() < 2**31  # the kernel counts scales in 32 bits, words in 64
     assert tensors["counters"].numel() >= grid[0] * grid[2]
     arguments = {
         "x": x,
@@ -214,12 +225,10 @@ def dequantize_rows(
     spec: GroupedIntSpec, tensors: dict[str, Tensor], first: int, last: int, dtype: torch.dtype
 ) -> Tensor:
     """Rows first .. last - 1 of the weight, ``[last - first, in_features]`` in ``dtype``, original column order."""
-    from quantkit.kernels.grouped_int_triton import dequantize_kernel
-
     out = tensors["planar_scales"].new_empty(last - first, spec.in_features, dtype=dtype)
     with torch.cuda.device(out.device):
         for grid, arguments in dequantize_launches(spec, tensors, first, out):
-            dequantize_kernel[grid](**arguments)
+            triton_kernels().dequantize_kernel[grid](**arguments)
     return out
 
 
