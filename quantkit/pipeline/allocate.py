@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from quantkit.algorithms.layerwise import by_importance, lim, marginal_widths, t
 from quantkit.algorithms.luq import by_entropy, histogram_entropy, kmeans_entropy
 from quantkit.algorithms.rtn import rtn
 from quantkit.calib.statistics import StatisticsRecorder
-from quantkit.models.structure import Linear
-from quantkit.pipeline.budget import Budget, Unit, bytes_at
+from quantkit.formats.files import read_json, write_json
+from quantkit.models.structure import Block, Linear
+from quantkit.pipeline.budget import Budget, Unit, budget_of, bytes_at, units_of
+from quantkit.pipeline.request import Listener
 from quantkit.recipe import Recipe
 
 FILE = "allocation.json"  # of the work folder
@@ -46,32 +49,69 @@ class ScoredBlock:
     """One block of the unquantized model.
 
     Attributes:
-        units: all of the block, or one for each of its linears (or of the tied ones).
         module: the block with its original weights.
         n_samples: of the calibration set; 0 where none is needed.
         outcomes: runs the block on one sample at a time; the hidden states advance as it is consumed.
         forward: (sample, input) -> output of the block.
     """
 
-    units: Sequence[Unit]
     module: nn.Module
     n_samples: int
     outcomes: Outcomes
     forward: Callable[[int, Tensor], Tensor]
 
 
-def score_block(block: ScoredBlock, recipe: Recipe, budget: Budget, seed: int) -> list[Score]:
-    """Scores of the block's units."""
-    if not block.units:
+class Allocator:
+    """Decides the widths of a run, once.
+
+    Args:
+        recipe: one that mixes widths.
+        blocks: of the model.
+        seed: of clusterings and random orders.
+        listener: told what is decided.
+
+    Raises:
+        RequestError: the budget is out of reach of the widths.
+    """
+
+    def __init__(self, recipe: Recipe, blocks: Sequence[Block], seed: int, listener: Listener) -> None:
+        self.recipe, self.seed, self.listener = recipe, seed, listener
+        self.units = units_of(blocks, recipe)
+        self.budget = budget_of([linear for block in blocks for linear in block.linears], recipe)
+
+    def widths(self, folder: Path, originals: Iterable[ScoredBlock]) -> dict[str, int]:
+        """Bits of each linear by its name: as decided before in this work folder, or by the scores of ``originals``."""
+        path = folder / FILE
+        if not path.exists():
+            allocation = allocate(self.units, self._scores(originals), self.budget, self.recipe)
+            write_json(path, allocation)
+            self.listener.note(describe(allocation))
+        widths: dict[str, int] = read_json(path)["widths"]
+        return widths
+
+    def _scores(self, originals: Iterable[ScoredBlock]) -> list[Score]:
+        if self.recipe.allocator == "random":
+            return random_scores(self.units, self.seed)
+        self.listener.note(f"allocator={self.recipe.allocator}: scoring the unquantized model")
+        if self.recipe.allocator == "luq":
+            self.listener.note("luq: scored on text tokens; the paper's setting is multimodal prompts")
+        scores: list[Score] = []
+        for index, block in enumerate(originals):
+            units = [unit for unit in self.units if unit.block == index]
+            scores += score_block(units, block, self.recipe, self.budget, self.seed)
+        return scores
+
+
+def score_block(units: Sequence[Unit], block: ScoredBlock, recipe: Recipe, budget: Budget, seed: int) -> list[Score]:
+    """Scores of the units of one block: all of it, or one unit for each of its linears (or of the tied ones)."""
+    if not units:
         for _ in block.outcomes:  # the hidden states advance all the same
             pass
         return []
     if recipe.allocator == "zd":
-        return [
-            [zd([_weight(block.module, linear) for linear in unit.linears], recipe.two_sided)] for unit in block.units
-        ]
+        return [[zd([_weight(block.module, linear) for linear in unit.linears], recipe.two_sided)] for unit in units]
     if recipe.allocator == "error":
-        return _losses(block, recipe, budget)
+        return _losses(units, block, recipe, budget)
     if recipe.allocator == "lim":
         scores = [float(lim(before.to(after.device), after)) for before, after in block.outcomes]
         return [[sum(scores) / len(scores)]]
@@ -146,13 +186,13 @@ def _sampled_outputs(outcomes: Outcomes, n_samples: int, seed: int) -> Tensor:
     return torch.cat(rows)
 
 
-def _losses(block: ScoredBlock, recipe: Recipe, budget: Budget) -> list[Score]:
+def _losses(units: Sequence[Unit], block: ScoredBlock, recipe: Recipe, budget: Budget) -> list[Score]:
     """For each unit and width: the squared error of the block's output, relative to it, with this unit alone rounded.
 
     The block's output is the residual stream. So an error counts by what it does there, which the error of the linear's
     own output does not show: the first blocks write most of the stream, and the same relative error weighs more there.
     """
-    linears = [linear for unit in block.units for linear in unit.linears]
+    linears = [linear for unit in units for linear in unit.linears]
     recorder = StatisticsRecorder({linear.path: block.module.get_submodule(linear.path) for linear in linears})
     probes: list[tuple[Tensor, Tensor]] = []
     with recorder.recording():
@@ -160,9 +200,7 @@ def _losses(block: ScoredBlock, recipe: Recipe, budget: Budget) -> list[Score]:
             recorder.next_call()
             if len(probes) < _N_PROBES:
                 probes.append((before.to(after.device, copy=True), after))
-    return [
-        [_loss(block, unit, bits, recorder, probes, recipe) for bits in _widths(recipe, budget)] for unit in block.units
-    ]
+    return [[_loss(block, unit, bits, recorder, probes, recipe) for bits in _widths(recipe, budget)] for unit in units]
 
 
 def _loss(

@@ -26,23 +26,12 @@ from quantkit.calib.hidden_states import BlockCalls, HiddenStates, capture_block
 from quantkit.calib.sources import source_name
 from quantkit.calib.statistics import StatisticsRecorder, inputs_of
 from quantkit.formats.checkpoint import TRIPWIRE, has_tripwire
-from quantkit.formats.files import read_json, write_json
 from quantkit.formats.grouped_int import NAME, GroupedIntSpec, pack, unpack
 from quantkit.formats.safetensors_io import read_header, read_tensor
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear
-from quantkit.pipeline.allocate import (
-    FILE,
-    Score,
-    ScoredBlock,
-    allocate,
-    describe,
-    needs_activations,
-    random_scores,
-    score_block,
-)
+from quantkit.pipeline.allocate import Allocator, ScoredBlock, needs_activations
 from quantkit.pipeline.attend import AttentionWatch
-from quantkit.pipeline.budget import Budget, Unit, budget_of, units_of
 from quantkit.pipeline.journal import Journal, refuse_existing
 from quantkit.pipeline.output import assemble
 from quantkit.pipeline.plan import Plan, check_room, make_plan, measure_room
@@ -168,7 +157,8 @@ class _Walk:
         if not n_finished:
             self.skeleton.check_surroundings()
         if self.recipe.mixes_widths:
-            self.widths = self._allocate()
+            allocator = Allocator(self.recipe, blocks, self.seed, self.listener)
+            self.widths = allocator.widths(self.journal.folder, self._original_blocks())
         if self.calibration is not None and n_finished < len(blocks):
             self._capture(self.calibration.input_ids)
             if self.recipe.correction:
@@ -179,37 +169,17 @@ class _Walk:
             elif self.calls is not None:
                 self._replay_block(index, block)
 
-    def _allocate(self) -> dict[str, int]:
-        """Widths by scores of the unquantized model; a run that is resumed reads them where it left them."""
-        path = self.journal.folder / FILE
-        if not path.exists():
-            linears = [linear for block in self.skeleton.blocks for linear in block.linears]
-            units, budget = units_of(self.skeleton.blocks, self.recipe), budget_of(linears, self.recipe)
-            if self.recipe.allocator == "luq":
-                self.listener.note("luq: scored on text tokens; the paper's setting is multimodal prompts")
-            allocation = allocate(units, self._scores(units, budget), budget, self.recipe)
-            write_json(path, allocation)
-            self.listener.note(describe(allocation))
-        widths: dict[str, int] = read_json(path)["widths"]
-        return widths
-
-    def _scores(self, units: list[Unit], budget: Budget) -> list[Score]:
-        if self.recipe.allocator == "random":
-            return random_scores(units, self.seed)
-        self.listener.note(f"allocator={self.recipe.allocator}: scoring the unquantized model")
+    def _original_blocks(self) -> Iterator[ScoredBlock]:
+        """The unquantized model block by block, for an allocator to look at."""
         if needs_activations(self.recipe):
             assert self.calibration is not None
             self._capture(self.calibration.input_ids)
-        scores: list[Score] = []
         for index in range(len(self.skeleton.blocks)):
             module = self.skeleton.load_block(index, self.device, self.dtype)
-            members = [unit for unit in units if unit.block == index]
             outcomes, forward = self._outcomes(index, module), partial(self._forward, index, module)
-            block = ScoredBlock(members, module, len(self.hidden), outcomes, forward)
-            scores += score_block(block, self.recipe, budget, self.seed)
+            yield ScoredBlock(module, len(self.hidden), outcomes, forward)
             self.skeleton.release_block(index)
         self.calls = None
-        return scores
 
     def _outcomes(self, index: int, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
         """What enters and what leaves a block, sample by sample; the hidden states advance on the way."""

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from quantkit.algorithms.grids import GRIDS
 from quantkit.algorithms.layerwise import by_importance, lim, zd
 from quantkit.algorithms.luq import by_entropy, histogram_entropy, kmeans_entropy
+from quantkit.algorithms.registry import SOLVERS
 from quantkit.algorithms.rtn import rtn
 from quantkit.calib.datasets import load_calibration
 from quantkit.errors import RequestError
@@ -190,6 +191,15 @@ def test_real_bytes_meet_the_budget_from_below(
     if reaches:
         assert stored >= allocation["budget_bpw"] - 0.02
     assert {unit["bits"] for unit in allocation["units"]} == set(bits_of(output).values())
+
+
+@pytest.mark.parametrize("solver", sorted(set(SOLVERS) - {"rtn"}))
+def test_with_every_solver(solver: str, models: Path, text: Path, tmp_path: Path) -> None:
+    llama = tiny_model("llama", models, seed=1)
+    settings = ("allocator=lim", f"solver={solver}", "grid=minmax", "reverse=true")
+    allocation = run(llama, tmp_path / "out", text, *settings)
+    assert [unit["bits"] for unit in allocation["units"]] == [2, 3]
+    assert {name.split(".")[2]: bits for name, bits in bits_of(tmp_path / "out").items()} == {"0": 2, "1": 3}
 
 
 def test_tied_linears_stay_equal(llama: Path, text: Path, tmp_path: Path) -> None:
