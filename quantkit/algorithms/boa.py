@@ -31,11 +31,11 @@ from quantkit.algorithms.gptq import (
     ActOrder,
     GPTQConfig,
     Solution,
-    _candidates,
-    _column_order,
-    _quantize_group,
-    _static_grids,
+    column_order,
     gptq,
+    grid_candidates,
+    quantize_group,
+    static_grids,
 )
 from quantkit.algorithms.grids import Grid, GridFit
 from quantkit.algorithms.hessian import check_finite, damped, damped_inverse_factor, without_dead_columns
@@ -111,7 +111,7 @@ def boa(
     heads, head_dim = row_hessian.shape[:2]
     W = W.reshape(heads, head_dim, -1)
     R = live_rows(row_hessian)
-    perm = _column_order(C.diagonal(), W.shape[2] // len(bits), config.act_order)
+    perm = column_order(C.diagonal(), W.shape[2] // len(bits), config.act_order)
     rows = _row_order(R, config.row_order)
     U, damping = damped_inverse_factor(C[perm][:, perm], config.damping)
     ordered = _permute_both(R, rows)
@@ -229,9 +229,7 @@ def _dequantize(codes: Tensor, grid: Grid) -> Tensor:
 
 def _fit_all(W: Tensor, problem: _Problem) -> Grid:
     """Grids of all groups on the given weights [heads, rows, in], original column order: [heads, rows, n_groups]."""
-    grids = _static_grids(
-        W.flatten(0, 1), problem.C, problem.bits, problem.symmetric, problem.grid_fit, problem.damping
-    )
+    grids = static_grids(W.flatten(0, 1), problem.C, problem.bits, problem.symmetric, problem.grid_fit, problem.damping)
     return Grid(*(torch.stack(parts, 1).reshape(*W.shape[:2], -1) for parts in zip(*grids, strict=True)))
 
 
@@ -287,10 +285,10 @@ def _fit_group(w: Tensor, U: Tensor, bits: int, problem: _Problem, config: BoACo
     """w [heads, n, g] -> [heads, n], as GPTQ would choose them for these rows."""
     rows = w.flatten(0, 1)
     metric = torch.linalg.solve_triangular(U, torch.eye(U.shape[0], dtype=U.dtype, device=U.device), upper=True)
-    candidates = _candidates(rows, bits, problem.symmetric, metric, problem.grid_fit, config.shortlist)
+    candidates = grid_candidates(rows, bits, problem.symmetric, metric, problem.grid_fit, config.shortlist)
     if candidates.scales.shape[0] > 1:
         plain = GPTQConfig(block_size=config.block_size, shortlist=config.shortlist)
-        grid, _, _ = _quantize_group(rows, U, candidates, bits, plain)
+        grid, _, _ = quantize_group(rows, U, candidates, bits, plain)
     else:
         grid = Grid(*(part[0] for part in candidates))
     return Grid(*(part.reshape(w.shape[:2]) for part in grid))

@@ -69,10 +69,10 @@ def gptq(
         raise NumericalError("the weight holds NaN or Inf; the checkpoint is damaged")
     W, H = without_dead_columns(weight, hessian)
     group_size = W.shape[1] // len(bits)
-    perm = _column_order(H.diagonal(), group_size, config.act_order)
+    perm = column_order(H.diagonal(), group_size, config.act_order)
     U, damping = damped_inverse_factor(H[perm][:, perm], config.damping)
     if config.act_order == "full":
-        columns = _solve_columns(W, U, perm, bits, _static_grids(W, H, bits, symmetric, grid_fit, damping), config)
+        columns = _solve_columns(W, U, perm, bits, static_grids(W, H, bits, symmetric, grid_fit, damping), config)
     else:
         columns = _solve_groups(W, U, perm, bits, symmetric, grid_fit, config)
     codes, grids, loss = columns
@@ -86,7 +86,7 @@ def gptq(
     return Solution(quantized, loss, damping)
 
 
-def _column_order(diagonal: Tensor, group_size: int, act_order: ActOrder) -> Tensor:
+def column_order(diagonal: Tensor, group_size: int, act_order: ActOrder) -> Tensor:
     """perm [in]: position in the visiting order -> original column."""
     if act_order == "none":
         return torch.arange(diagonal.numel(), device=diagonal.device)
@@ -98,7 +98,7 @@ def _column_order(diagonal: Tensor, group_size: int, act_order: ActOrder) -> Ten
     return (groups.unsqueeze(1) * group_size + inside[groups]).flatten()
 
 
-def _static_grids(
+def static_grids(
     W: Tensor, H: Tensor, bits: tuple[int, ...], symmetric: bool, grid_fit: GridFit, damping: float
 ) -> list[Grid]:
     """One grid per group from the original weights; the metric is H_gg, as nothing is compensated yet."""
@@ -127,8 +127,8 @@ def _solve_groups(
         identity = torch.eye(group_size, dtype=W.dtype, device=W.device)
         metric = torch.linalg.solve_triangular(U[start:stop, start:stop], identity, upper=True)
         span = slice(start, stop)
-        candidates = _candidates(remaining[:, span], bits[group], symmetric, metric, grid_fit, config.shortlist)
-        grids[group], group_codes, E = _quantize_group(
+        candidates = grid_candidates(remaining[:, span], bits[group], symmetric, metric, grid_fit, config.shortlist)
+        grids[group], group_codes, E = quantize_group(
             remaining[:, span], U[span, span], candidates, bits[group], config
         )
         codes[:, perm[span]] = group_codes
@@ -137,7 +137,7 @@ def _solve_groups(
     return codes, [grids[group] for group in range(len(bits))], loss
 
 
-def _candidates(w: Tensor, bits: int, symmetric: bool, metric: Tensor, grid_fit: GridFit, n: int) -> Grid:
+def grid_candidates(w: Tensor, bits: int, symmetric: bool, metric: Tensor, grid_fit: GridFit, n: int) -> Grid:
     """[n, rows] grids to try; one where the grid offers no shortlist."""
     shortlist = SHORTLISTS.get(grid_fit)
     if shortlist is not None and n > 1:
@@ -145,7 +145,7 @@ def _candidates(w: Tensor, bits: int, symmetric: bool, metric: Tensor, grid_fit:
     return Grid(*(part.unsqueeze(0) for part in grid_fit(w, bits, symmetric, metric)))
 
 
-def _quantize_group(
+def quantize_group(
     w: Tensor, U: Tensor, candidates: Grid, bits: int, config: GPTQConfig
 ) -> tuple[Grid, Tensor, Tensor]:
     """Run the loop under every candidate grid at once and keep, per row, the one with the least loss.
