@@ -207,6 +207,7 @@ def test_needs_calibration(settings: dict[str, Any], expected: bool) -> None:
         ("allocator=sbaa", "unknown allocator 'sbaa'; did you mean 'sba'? known:"),
         ("act_order=ful", "unknown act_order 'ful'; did you mean 'full'? known: full, group, none"),
         ("criterion=mae", "unknown criterion 'mae'; did you mean 'mse'? known: kl, mse"),
+        ("qk_metric=logit", "unknown qk_metric 'logit'; did you mean 'logits'? known: logits, outputs"),
         ("granularity=row", "unknown granularity 'row'; known: block, linear"),
         ("entropy=kmean", "unknown entropy 'kmean'; did you mean 'kmeans'? known: histogram, kmeans"),
         # types
