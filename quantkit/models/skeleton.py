@@ -148,7 +148,10 @@ class Skeleton:
         tensor = read_tensor(ref)
         if not torch.isfinite(tensor).all():
             raise _damaged(ref)
-        return tensor.to(device=device, dtype=dtype)
+        converted = tensor.to(device=device, dtype=dtype)
+        if dtype == torch.float16 and not torch.isfinite(converted).all():
+            raise NumericalError(f"{ref.name} does not fit into float16; use --dtype bfloat16 or float32")
+        return converted
 
     def _owner(self, name: str) -> Any:
         """The innermost transformers model around a module: the one that knows how to initialize it."""

@@ -30,8 +30,9 @@ def source_names(model: Any, tensors: dict[str, TensorRef]) -> dict[str, str]:
             renamed, _ = rename_source_key(source, renamings, [], model.base_model_prefix, state)
             names.setdefault(renamed, source)
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():  # files hold one of a tied pair
-        if target in names:
-            names.setdefault(source, names[target])
+        for stored, other in ((target, source), (source, target)):
+            if stored in names:
+                names.setdefault(other, names[stored])
     return names
 
 
