@@ -296,48 +296,38 @@ def fused_kernel(
 def dequantize_kernel(
     words, scales, zeros, order, out, first_row, n_rows, n_columns, scale_stride, stride16, first_group, n_planes,
     BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ORDERED: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """out [n_rows, n_columns]: rows first_row .. of one segment's columns, original order. Grid (row tiles, blocks).
-
-    A program decodes all planes of its block at once, [ROWS, planes, WIDTH]: every load is under way before the first
-    store, and plane after plane would wait for its scales each time.
-    """
+    """out [n_rows, n_columns]: rows first_row .. of one segment's columns, original order. Grid (row tiles, blocks)."""
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     PARTS: tl.constexpr = 3 if BITS == 3 else 1
     RATIO: tl.constexpr = GROUP // WIDTH
     local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = tl.minimum(local, n_rows - 1) + first_row
-    fields = tl.arange(0, PLANES)
+    block = tl.program_id(1)
     inner = tl.arange(0, WIDTH)
-    planes = tl.program_id(1) * PLANES + fields
-    groups = first_group + planes // RATIO
-    scale = tl.load(scales + groups[None, :] * scale_stride + rows[:, None]).to(tl.float32)
-    if ORDERED:
-        columns = tl.load(order + groups).to(tl.int32) * GROUP + (planes % RATIO) * WIDTH
-    else:
-        columns = first_group * GROUP + planes * WIDTH
-    source = words + rows.to(tl.int64)[:, None] * (stride16 * 16) + tl.program_id(1) * (PARTS * WIDTH) + inner[None, :]
-    first = tl.load(source).to(tl.int32)[:, None, :]
+    inside = local < n_rows
+    rows = tl.minimum(local, n_rows - 1) + first_row
+    source = words + rows.to(tl.int64)[:, None] * (stride16 * 16) + block * (PARTS * WIDTH) + inner[None, :]
+    first = tl.load(source)
+    second = first
+    third = first
     if PARTS == 3:
-        second = tl.load(source + WIDTH).to(tl.int32)[:, None, :]
-        third = tl.load(source + 2 * WIDTH).to(tl.int32)[:, None, :]
-        part = (fields // 5)[None, :, None]
-        word = tl.where(part == 0, first, tl.where(part == 1, second, third))
-        codes = (word >> (fields % 5 * 3)[None, :, None]) & 7
-        top = ((first >> 15) & 1) | ((second >> 14) & 2) | ((third >> 13) & 4)
-        codes = tl.where(part == 3, top, codes)
-    else:
-        codes = (first >> (fields * BITS)[None, :, None]) & ((1 << BITS) - 1)
-    weight = (codes | 0x4B000000).to(tl.float32, bitcast=True)  # 2**23 + code, without a conversion; sums are exact
-    if ZERO is None:
-        zero = tl.load(zeros + groups[None, :] * scale_stride + rows[:, None]).to(tl.float32)
-        weight = (weight - 8388608.0) - zero[:, :, None]
-    elif BITS == 1:
-        weight = (weight - 8388608.0) - ZERO
-    else:
-        weight -= 8388608.0 + ZERO
-    weight *= scale[:, :, None]
-    target = out + local.to(tl.int64)[:, None, None] * n_columns + columns[None, :, None] + inner[None, None, :]
-    inside = (local < n_rows)[:, None, None] & (planes < n_planes)[None, :, None]
-    tl.store(target, weight.to(out.dtype.element_ty), mask=inside)
+        second = tl.load(source + WIDTH)
+        third = tl.load(source + 2 * WIDTH)
+    target = out + local.to(tl.int64)[:, None] * n_columns + inner[None, :]
+    for field in tl.static_range(PLANES):
+        plane = block * PLANES + field
+        if plane < n_planes:
+            group = first_group + plane // RATIO
+            if ORDERED:
+                column = tl.load(order + group).to(tl.int32) * GROUP + (plane % RATIO) * WIDTH
+            else:
+                column = first_group * GROUP + plane * WIDTH
+            operand = _plane(first, second, third, field, BITS, False, ASM).to(tl.float32)
+            code = operand * (1.0 / _field_unit(BITS, field, False))
+            scale = tl.load(scales + group * scale_stride + rows).to(tl.float32)
+            if ZERO is None:
+                code -= tl.load(zeros + group * scale_stride + rows).to(tl.float32)[:, None]
+            else:
+                code -= ZERO
+            tl.store(target + column, (scale[:, None] * code).to(out.dtype.element_ty), mask=inside[:, None])

@@ -45,7 +45,7 @@ from quantkit.formats.packing import pack_bits
 
 ROW_TILE = 64  # rows are padded to this, the largest row tile of any kernel
 MIN_PLANE_WIDTH = 16  # the tensor core takes 16 columns at a time
-_PLANE_WIDTH = {1: 64, 2: 64, 3: 64, 4: 64, 8: 128}  # preferred W
+_PLANE_WIDTH = {1: 64, 2: 64, 3: 64, 4: 128, 8: 128}  # preferred W; benchmarks/bench_grouped_int.py
 _NARROW_WIDTH = 32  # below this loads are short and slow: only where the group size has no larger power of two
 _MAX_PADDING = 1 / 8  # a narrower plane is used where whole blocks of the preferred one would pad more than this
 _CHUNK_BYTES = 1 << 26  # int32 scratch while packing or unpacking

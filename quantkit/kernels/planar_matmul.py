@@ -8,8 +8,6 @@
 Workspace: partial sums are allocated per call (inside a captured graph they come from the graph's pool); the counters
 belong to the module, start as zeros and are zeros again after every call. Two streams must not run the same module at
 the same time.
-
-The configurations are a first choice, not a search: see benchmarks/bench_grouped_int.py for what they reach.
 """
 
 from __future__ import annotations
@@ -29,8 +27,9 @@ from quantkit.kernels.planar import PlanarSegment, has_zeros, padded_rows, plana
 
 MAX_FUSED_TOKENS = 64
 _SLAB_BYTES = 1 << 28
+_TARGET_WARPS = 1600  # about 12 for each of 132 multiprocessors: enough loads in flight, few enough partial sums
 _MAX_SPLITS = 16
-_DEQUANTIZE_TILE = 8192  # weights per program
+_DEQUANTIZE_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,57 +40,32 @@ class Config:
     warps: int
     tokens: int  # columns of x per program
     stages: int  # of the load pipeline
-    resident: int  # programs that registers and shared memory of one sm_90 multiprocessor hold at once
     max_registers: int | None = None
 
 
-# By tokens (the last that the row serves), then by planar bits. Sixteen planes (1 and 3 bits) need the most registers.
+# By tokens, then by the planes of a block (16 for 1 and 3 bits, 8, 4, 2): more planes need more registers.
 _CONFIGS = {
-    8: {
-        1: Config(rows=32, warps=2, tokens=8, stages=3, resident=5),
-        2: Config(rows=32, warps=2, tokens=8, stages=3, resident=7, max_registers=144),
-        3: Config(rows=32, warps=2, tokens=8, stages=3, resident=4),
-        4: Config(rows=32, warps=2, tokens=8, stages=3, resident=10, max_registers=96),
-        8: Config(rows=32, warps=2, tokens=8, stages=3, resident=8, max_registers=128),
-    },
-    16: {
-        1: Config(rows=64, warps=4, tokens=16, stages=2, resident=2),
-        2: Config(rows=64, warps=4, tokens=16, stages=2, resident=3, max_registers=168),
-        3: Config(rows=64, warps=4, tokens=16, stages=2, resident=2),
-        4: Config(rows=64, warps=4, tokens=16, stages=2, resident=4),
-        8: Config(rows=64, warps=4, tokens=16, stages=2, resident=3),
-    },
-    64: {
-        1: Config(rows=64, warps=4, tokens=16, stages=2, resident=2),
-        2: Config(rows=64, warps=4, tokens=32, stages=2, resident=2),
-        3: Config(rows=64, warps=4, tokens=16, stages=2, resident=2),
-        4: Config(rows=64, warps=4, tokens=32, stages=2, resident=2),
-        8: Config(rows=64, warps=4, tokens=32, stages=2, resident=2),
-    },
+    8: {16: Config(rows=32, warps=2, tokens=8, stages=3)},
+    16: {16: Config(rows=64, warps=4, tokens=16, stages=2)},
+    64: {8: Config(rows=64, warps=4, tokens=32, stages=2), 16: Config(rows=64, warps=4, tokens=16, stages=2)},
 }
 
 
 def choose_config(n_tokens: int, segments: tuple[PlanarSegment, ...]) -> Config:
-    """The launch shape for 1 to `MAX_FUSED_TOKENS` tokens: that of the segment which needs most resources."""
-    by_bits = next(by_bits for most, by_bits in _CONFIGS.items() if n_tokens <= most)
-    configs = [by_bits[segment.bits] for segment in segments]
-    return min(configs, key=lambda config: (config.resident, config.tokens))
+    """The launch shape for 1 to `MAX_FUSED_TOKENS` tokens."""
+    by_planes = next(configs for most, configs in _CONFIGS.items() if n_tokens <= most)
+    planes = max(segment.planes_per_block for segment in segments)
+    return next(config for most, config in by_planes.items() if planes <= most)
 
 
-def choose_splits(
-    segments: tuple[PlanarSegment, ...], n_rows: int, n_tokens: int, config: Config, n_multiprocessors: int
-) -> tuple[int, ...]:
-    """Blocks per program, by segment: as many programs as are resident at once, since a few more wait for a whole turn.
-
-    Measured on an H200 (132 multiprocessors), 4096 x 4096 at 4 bits, six resident: 512 programs 7.3 us, 1024
-    programs 9.2 us; with eight resident, 1024 programs take 7.1 us.
-    """
-    tiles = n_rows // config.rows * -(-n_tokens // config.tokens)
-    wanted = min(max(1, config.resident * n_multiprocessors // tiles), _MAX_SPLITS)
+def choose_splits(segments: tuple[PlanarSegment, ...], n_rows: int, config: Config) -> tuple[int, ...]:
+    """Blocks per program, by segment. Programs number about `_TARGET_WARPS` / warps, each in one segment."""
+    tiles = n_rows // config.rows
+    wanted = min(max(1, round(_TARGET_WARPS / config.warps / tiles)), _MAX_SPLITS)
     total = sum(segment.row_words for segment in segments)
     per_split = []
     for segment in segments:
-        splits = max(1, wanted * segment.row_words // total)
+        splits = max(1, round(wanted * segment.row_words / total))
         per_split.append(-(-segment.n_blocks // min(splits, segment.n_blocks)))
     return tuple(per_split)
 
@@ -104,8 +78,7 @@ def planar_matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], b
         return _dequantized_matmul(x, spec, tensors, bias)
     segments = planar_segments(spec)
     config = choose_config(x.shape[0], segments)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    per_split = choose_splits(segments, padded_rows(spec), x.shape[0], config, processors)
+    per_split = choose_splits(segments, padded_rows(spec), config)
     return fused_matmul(x.contiguous(), spec, tensors, bias, config=config, per_split=per_split)
 
 
@@ -176,7 +149,6 @@ def fused_launch(
     splits = _split_counts(spec, per_split)
     grid = (padded_rows(spec) // config.rows, sum(splits), -(-x.shape[0] // config.tokens))
     assert x.is_contiguous()
-    assert tensors["planar_scales"].numel() < 2**31  # the kernel counts scales in 32 bits, words in 64
     assert tensors["counters"].numel() >= grid[0] * grid[2]
     arguments = {
         "x": x,
@@ -228,17 +200,16 @@ def dequantize_rows(
     out = tensors["planar_scales"].new_empty(last - first, spec.in_features, dtype=dtype)
     with torch.cuda.device(out.device):
         for grid, arguments in dequantize_launches(spec, tensors, first, out):
-            triton_kernels().dequantize_kernel[grid](**arguments)
+            triton_kernels().dequantize_kernel[grid](**arguments, ASM=True)
     return out
 
 
 def dequantize_launches(
     spec: GroupedIntSpec, tensors: dict[str, Tensor], first: int, out: Tensor
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
-    """Grid and arguments of one `dequantize_kernel` per segment; rows from ``first`` on fill ``out``."""
+    """Grid and arguments, all but ASM, of one `dequantize_kernel` per segment; rows from ``first`` on fill ``out``."""
     for segment in planar_segments(spec):
-        rows = _DEQUANTIZE_TILE // (segment.planes_per_block * segment.plane_width)
-        grid = (-(-out.shape[0] // rows), segment.n_blocks)
+        grid = (-(-out.shape[0] // _DEQUANTIZE_ROWS), segment.n_blocks)
         yield (
             grid,
             {
@@ -259,7 +230,7 @@ def dequantize_launches(
                 "GROUP": spec.group_size,
                 "ZERO": _constant_zero(spec, segment),
                 "ORDERED": len(spec.segments) > 1,
-                "ROWS": rows,
+                "ROWS": _DEQUANTIZE_ROWS,
                 "num_warps": 4,
                 "enable_fp_fusion": True,
             },

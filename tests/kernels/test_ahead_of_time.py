@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton was imported as interpreter"),
 ]
 SHARED_LIMIT = 232448  # bytes of one sm_90 block
-SPILL_LIMIT = {1: 64, 16: 96, 64: 192}  # bytes per thread by tokens: a few values, traded for an occupancy step
+SPILL_LIMIT = {1: 64, 16: 96, 64: 192}  # bytes per thread by tokens; Triton 3.6 and 3.9 differ, 3.9 spills most
 WIDTHS = [1, 2, 3, 4, 8]
 
 
@@ -64,7 +64,7 @@ def compile_for_sm90(tmp_path, monkeypatch):
     def compile_kernel(kernel, grid, arguments):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Triton's own, about its defaults
-            compiled = kernel.warmup(grid=grid, **arguments)
+            compiled = kernel.warmup(grid=grid, **arguments, ASM=True)
         cubin = tmp_path / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
 
@@ -90,24 +90,18 @@ def layer(counts: dict[int, int], symmetric: bool, group_size: int = 128) -> tup
     return spec, to_planar(spec, stored)
 
 
-def resident_programs(registers: int, warps: int, shared: int) -> int:
-    """How many programs one sm_90 multiprocessor holds: 64 Ki registers by eights, 228 KiB with 1 KiB per program."""
-    return min(65536 // (-(-registers // 8) * 8 * 32 * warps), 233472 // (shared + 1024), 64 // warps)
-
-
 def check_fused(compile_kernel, spec, tensors, m, dtype):
     from quantkit.kernels.grouped_int_triton import fused_kernel
 
     segments = planar_segments(spec)
     config = choose_config(m, segments)
-    per_split = choose_splits(segments, spec.out_features, m, config, 132)
+    per_split = choose_splits(segments, spec.out_features, config)
     x, out = torch.zeros(m, spec.in_features, dtype=dtype), torch.zeros(m, spec.out_features, dtype=dtype)
     partial = torch.zeros(partial_size(m, spec, config, per_split))
     grid, arguments = fused_launch(x, spec, tensors, None, out, partial, config=config, per_split=per_split)
-    metadata, sass, resources = compile_kernel(fused_kernel, grid, {**arguments, "ASM": True})
+    metadata, sass, resources = compile_kernel(fused_kernel, grid, arguments)
     assert metadata.shared <= SHARED_LIMIT
     assert resources["STACK"] <= SPILL_LIMIT[m]
-    assert resident_programs(resources["REG"], config.warps, metadata.shared) >= config.resident
     assert re.search(r"\bHG?MMA\.", sass)
     assert "LDGSTS.E.BYPASS.128" in sass  # weights and x: asynchronous copies of 16 bytes
     assert not re.search(r"LDGSTS\.E(\.BYPASS)?(\.U?(8|16))? ", sass)  # and nothing narrower
@@ -119,13 +113,14 @@ def test_one_token(compile_for_sm90, bits, dtype, symmetric):
     check_fused(compile_for_sm90, *layer({bits: 32}, symmetric), 1, dtype)
 
 
-@pytest.mark.parametrize(("bits", "m"), [(3, 16), (2, 64)])
+@pytest.mark.parametrize("m", [16, 64])
+@pytest.mark.parametrize("bits", [2, 3])
 def test_more_tokens(compile_for_sm90, bits, m):
     check_fused(compile_for_sm90, *layer({bits: 32}, False), m, torch.bfloat16)
 
 
 def test_mixed_widths(compile_for_sm90):
-    check_fused(compile_for_sm90, *layer({2: 9, 4: 7}, True), 1, torch.bfloat16)
+    check_fused(compile_for_sm90, *layer({2: 7, 3: 17, 4: 8}, True), 1, torch.bfloat16)
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -170,7 +170,7 @@ def test_any_launch_shape(rows):
     weight = on_gpu(random_weight(1, 200, 64, (4,) * 40))
     spec = weight.spec()
     tensors = to_planar(spec, pack(weight))
-    config = Config(rows=rows, warps=max(1, rows // 16), tokens=16, stages=2, resident=1)
+    config = Config(rows=rows, warps=max(1, rows // 16), tokens=16, stages=2)
     x = activations(0, 20, 2560, dtype=torch.float16).cuda()
     product, bound = product_and_bound(x, weight, unit_roundoff=TENSOR_CORE)
     for per_split in ((1,), (3,), (100,)):

@@ -22,7 +22,7 @@ from quantkit.kernels.planar import (
     planar_segments,
     to_planar,
 )
-from quantkit.kernels.planar_matmul import choose_config, choose_splits, triton_kernels
+from quantkit.kernels.planar_matmul import triton_kernels
 
 
 def round_trip(weight):
@@ -143,19 +143,3 @@ def test_without_triton_the_message_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(RequestError, match=re.escape("need Triton; run: pip install 'quantkit[kernels]'")):
         triton_kernels()
-
-
-def test_programs_fill_one_wave_and_never_a_second():
-    for bits, n_groups, rows in [(4, 32, 4096), (4, 32, 14336), (2, 112, 4096), (1, 32, 14336), (8, 32, 1024)]:
-        spec = GroupedIntSpec(
-            out_features=rows, in_features=128 * n_groups, group_size=128, segments=((bits, n_groups),), symmetric=True
-        )
-        segments = planar_segments(spec)
-        for n_tokens in (1, 8, 16, 40):
-            config = choose_config(n_tokens, segments)
-            (per_split,) = choose_splits(segments, rows, n_tokens, config, 132)
-            tiles = rows // config.rows * -(-n_tokens // config.tokens)
-            programs = tiles * -(-segments[0].n_blocks // per_split)
-            assert programs <= max(tiles, 132 * config.resident)
-            more = tiles * -(-segments[0].n_blocks // max(per_split - 1, 1))
-            assert per_split == 1 or more > 132 * config.resident or more > 16 * tiles
