@@ -8,6 +8,7 @@ Everything is checked here, before any tensor is read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "qk_metric": ("outputs", "logits"),
 }
 _OPTIONAL: dict[str, type] = {"bits": float, "bpw": float, "group_size": int, "lo": int, "hi": int}  # may be null
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _LINEAR_ALLOCATORS = ("zd", "error", "random")  # those that can tell the linears of a block apart
 _BOA_SETTINGS = ("block_v", "v_row_factor", "qk_metric", "center_keys", "row_order", "joint_rows", "late_grids")
 
@@ -121,11 +123,12 @@ class Recipe:
                     f"{budget} needs an allocator: allocator={self.allocator} gives every layer the same whole number "
                     "of bits on average; use --method layerwise, or --set allocator=lim, zd, luq or error"
                 )
-            for name in ("lo", "hi", "reverse"):
-                if getattr(self, name):
+            for name, unset in (("lo", None), ("hi", None), ("reverse", False)):
+                if getattr(self, name) is not unset:
                     raise RequestError(f"{name} is a setting of the allocators lim, zd, luq, error and random")
             return
-        lo, hi = self.lo or 1, self.hi or 8
+        lo = 1 if self.lo is None else self.lo
+        hi = 8 if self.hi is None else self.hi
         if not 1 <= lo < hi <= 8:
             raise RequestError(f"lo and hi are widths from 1 to 8, lo below hi, not {lo} and {hi}")
         if self.bpw is None and not lo <= self.bits <= hi:
@@ -200,7 +203,7 @@ def resolve(
         key, found, text = item.partition("=")
         if not found:
             raise RequestError(f"--set takes KEY=VALUE, not {item!r}")
-        given[key.strip()] = yaml.safe_load(text)
+        given[key.strip()] = _read_value(item, text)
     for name, other in (("bits", "bpw"), ("bpw", "bits")):
         if given.get(name) is not None:
             values.pop(other, None)  # what the file says about the budget is replaced, in either unit
@@ -210,7 +213,7 @@ def resolve(
             "the budget is either bits (of the codes, on average) or bpw (of all that is stored), not both"
         )
     name = values.get("method", "gptq")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise RequestError(f"unknown method {name!r}; {did_you_mean(str(name), METHODS)}")
     return recipe_from_json({"method": name, **METHODS[name].defaults, **values})
 
@@ -221,7 +224,7 @@ def recipe_from_json(values: Mapping[str, Any]) -> Recipe:
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            raise RequestError(f"unknown setting {key!r}; {did_you_mean(key, known)}")
+            raise RequestError(f"unknown setting {key!r}; {did_you_mean(str(key), known)}")
         checked[key] = _convert(key, value, known[key].default)
     if checked.get("group_size", 128) == 0:
         checked["group_size"] = None
@@ -235,6 +238,8 @@ def _convert(key: str, value: Any, default: Any) -> Any:
     wanted = _OPTIONAL.get(key, type(default))
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if wanted is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)  # 1e-3: YAML 1.1 takes a number without a point for text
     if type(value) is not wanted:
         raise RequestError(f"setting {key} takes {_article(wanted)}, not {value!r}")
     return value
@@ -244,11 +249,20 @@ def _article(wanted: type) -> str:
     return {bool: "true or false", int: "a whole number", float: "a number"}.get(wanted, "a name")
 
 
+def _read_value(item: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"--set {item!r}: the value is not valid YAML; put it in quotes") from error
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileError(f"cannot read recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise FileError(f"recipe {path} is not a text file: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise FileError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):

@@ -81,7 +81,6 @@ def test_settings_are_yaml_values(text: str, field: str, value: Any) -> None:
     assert type(found) is type(value)
 
 
-@pytest.mark.xfail(reason="YAML 1.1 reads a number with an exponent but no point as text", strict=True)
 @pytest.mark.parametrize("text", ["1e-3", "5E-2"])
 def test_exponents_are_numbers(text: str) -> None:
     assert resolve(settings=[f"damping={text}"]).damping == float(text)
@@ -286,14 +285,12 @@ def test_refused_combinations(method: str, settings: list[str], message: str) ->
         resolve(method, settings=settings)
 
 
-@pytest.mark.xfail(reason="0 counts as not given", strict=True)
 @pytest.mark.parametrize("method", ["layerwise", "gptq"])
 def test_width_zero_is_refused(method: str) -> None:
     with pytest.raises(RequestError, match="lo"):
         resolve(method, settings=["lo=0"])
 
 
-@pytest.mark.xfail(reason="the YAML and type errors come through", strict=True)
 @pytest.mark.parametrize("setting", ["grid=[", "grid=a: b: c", "method=[gptq]", "method={}"])
 def test_settings_that_yaml_cannot_read_or_name(setting: str) -> None:
     with pytest.raises(RequestError):
@@ -354,7 +351,6 @@ def test_settings_of_a_file_are_checked_too(tmp_path: Path) -> None:
         resolve(file=written(tmp_path, "bits: '4'\n"))
 
 
-@pytest.mark.xfail(reason="decoding and type errors come through", strict=True)
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"4: 3\n", b"method: [gptq]\n"])
 def test_files_of_other_things(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "recipe.yaml"
