@@ -48,9 +48,7 @@ def kmeans_labels(rows: Tensor, generator: torch.Generator, config: KMeansConfig
     centers = _spread_start(X, generator, config.n_clusters)
     labels = _nearest(X, centers)
     for _ in range(config.n_steps):
-        members = torch.nn.functional.one_hot(labels, len(centers)).to(
-            X
-        )  # no index_add_: it varies on CUDA
+        members = torch.nn.functional.one_hot(labels, len(centers)).to(X)  # no index_add_: it varies on CUDA
         counts = members.sum(0).unsqueeze(1)
         centers = torch.where(counts > 0, members.t() @ X / counts.clamp_min(1), centers)
         moved = _nearest(X, centers)

@@ -167,7 +167,8 @@ def check_group_size(in_features: int, group_size: int | None, name: str) -> int
         fits = [size for size in (16, 32, 64, 128, 256) if in_features % size == 0]
         use = f"use {', '.join(map(str, fits))} or 0 (one group per row)" if fits else "use 0 (one group per row)"
         rest = f" (remainder {in_features % group_size})" if group_size > 0 else ""
-        raise RequestError(f"{name}: in_features {in_features} is not a multiple of group_size {group_size}{rest}; {use}")
+        found = f"in_features {in_features} is not a multiple of group_size {group_size}{rest}"
+        raise RequestError(f"{name}: {found}; {use}")
     return group_size
 
 

@@ -38,7 +38,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 ``[..., ceil(n * bits / 8)]``.
     """
-    assert codes.dtype == torch.uint8 and 1 <= bits <= 8
+    assert codes.dtype == torch.uint8
+    assert 1 <= bits <= 8
     *lead, n = codes.shape
     rows = codes.reshape(-1, n)
     out = codes.new_empty(rows.shape[0], packed_size(n, bits))
@@ -61,7 +62,8 @@ def _pack_rows(rows: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, n_codes: int) -> Tensor:
     """Inverse of `pack_bits`: uint8 ``[..., ceil(n_codes * bits / 8)]`` to uint8 codes ``[..., n_codes]``."""
-    assert packed.dtype == torch.uint8 and 1 <= bits <= 8
+    assert packed.dtype == torch.uint8
+    assert 1 <= bits <= 8
     *lead, n_bytes = packed.shape
     assert n_bytes == packed_size(n_codes, bits), (packed.shape, bits, n_codes)
     rows = packed.reshape(-1, n_bytes)

@@ -53,9 +53,7 @@ def test_dead_columns_stay_zero_and_apart() -> None:
     hessian, cross = products(clean, noisy)
     target = corrected_target(weight, hessian, cross, strength=1.0, damping=0.0)
     live = [column for column in range(12) if column != 3]
-    alone = corrected_target(
-        weight[:, live], hessian[live][:, live], cross[live][:, live], strength=1.0, damping=0.0
-    )
+    alone = corrected_target(weight[:, live], hessian[live][:, live], cross[live][:, live], strength=1.0, damping=0.0)
     assert (target[:, 3] == 0).all()
     assert torch.allclose(target[:, live], alone, rtol=1e-9)
 
