@@ -129,19 +129,22 @@ def _other_matrices(skeleton: Skeleton) -> list[str]:
 def _peak_memory(skeleton: Skeleton, request: QuantizeRequest, seq_len: int) -> int:
     """Beside the hidden states: the parts around the blocks, and later a block with what its widest linear needs."""
     linears = [linear for block in skeleton.blocks for linear in block.linears]
-    widest = max(linears, key=lambda linear: linear.n_weights)
+    widest = max(linear.n_weights for linear in linears)
     block = max(sum(linear.n_weights for linear in block.linears) for block in skeleton.blocks)
+    copies = 24 * widest  # of a weight that is being solved: working copy, codes, grid, dequantized
     if not request.recipe.needs_calibration:
-        return _BASE_BYTES + 4 * block + 24 * widest.n_weights
+        return _BASE_BYTES + 4 * block + copies
     most_inputs = max(linear.in_features for linear in linears)
+    factors = 32 * most_inputs * most_inputs  # of a Hessian, in float64
     activations = 16 * seq_len * max(max(linear.in_features, linear.out_features) for linear in linears)
-    solving = (
-        24 * widest.n_weights + 32 * most_inputs * most_inputs
-    )  # working copies of the weight; float64 factors of the Hessian
-    walk = 4 * block + max(map(_hessian_bytes, skeleton.blocks)) + max(activations, solving)
-    parameters = skeleton.model.named_parameters()
-    around: int = sum(parameter.numel() for name, parameter in parameters if not skeleton.in_blocks(name))
-    return _BASE_BYTES + max(4 * around + activations, walk)
+    held = 4 * block + max(map(_hessian_bytes, skeleton.blocks))
+    walk = _n_streams(request.recipe) * held + max(activations, copies + factors)
+    return _BASE_BYTES + max(_surroundings_bytes(skeleton) + activations, walk)
+
+
+def _n_streams(recipe: Recipe) -> int:
+    """Models that run side by side: a correction needs the float model's block, inputs and hidden states too."""
+    return 2 if recipe.correction else 1
 
 
 def _hessian_bytes(block: Block) -> int:
@@ -150,11 +153,20 @@ def _hessian_bytes(block: Block) -> int:
     return sum(4 * in_features * in_features for _, in_features in inputs)
 
 
+def _surroundings_bytes(skeleton: Skeleton) -> int:
+    """What runs before the blocks, in float32; an output head of its own is never loaded."""
+    model = skeleton.model
+    head = model.get_output_embeddings()
+    unused = () if head is None or head.weight is model.get_input_embeddings().weight else (head.weight,)
+    parameters = [parameter for name, parameter in model.named_parameters() if not skeleton.in_blocks(name)]
+    return sum(4 * int(item.numel()) for item in parameters if not any(item is other for other in unused))
+
+
 def _hidden_bytes(skeleton: Skeleton, request: QuantizeRequest, seq_len: int) -> int:
     if not request.recipe.needs_calibration:
         return 0
     hidden: int = skeleton.config.get_text_config(decoder=True).hidden_size
-    return 4 * request.n_samples * seq_len * hidden
+    return 4 * request.n_samples * seq_len * hidden * _n_streams(request.recipe)
 
 
 def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device: torch.device) -> float:

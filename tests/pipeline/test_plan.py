@@ -192,6 +192,7 @@ def test_planned_memory_follows_what_is_asked(models: Path, text: Path, tmp_path
     assert peak(n_samples=8) == usual + states
     assert peak(n_samples=8, offload="disk") == peak(offload="disk") == usual - states
     assert peak("rtn") < usual
+    assert peak(settings=["correction=0.5"]) > usual + states  # the float model's block and hidden states
     on_disk = dry_run(small_request(llama, tmp_path / "out", text, offload="disk"))
     assert on_disk.scratch_bytes == on_disk.quantized_bytes + states
 

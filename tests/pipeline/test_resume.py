@@ -210,6 +210,26 @@ def test_resume_with_another_offload_and_shard_size(
 
 
 @pytest.mark.parametrize(
+    ("settings", "n_finished"),
+    [
+        (["sequential=true"], 2),
+        (["correction=0.5", "refine=1"], 2),
+        (["allocator=lim", "lo=2", "hi=4"], 0),
+        (["allocator=error", "granularity=linear", "lo=2", "hi=4"], 2),
+        (["allocator=sba", "grid=sqc"], 1),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, list) else "",
+)
+def test_every_kind_of_recipe_resumes(
+    settings: list[str], n_finished: int, source: Path, text: Path, tmp_path: Path
+) -> None:
+    whole = sha256_of(small_run(source, tmp_path / "whole", text, settings=settings).output)
+    with pytest.raises(Interrupted):
+        run(small_request(source, tmp_path / "out", text, settings=settings), StopAfter(n_finished))
+    assert_resumes(source, tmp_path / "out", text, n_finished, whole, settings=settings)
+
+
+@pytest.mark.parametrize(
     ("options", "difference"),
     [
         ({"bits": 4}, "recipe.bits: 3 then, 4 now"),
