@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from quantkit.errors import FileError, NumericalError, RequestError
+from quantkit.formats.files import read_json
 from quantkit.formats.safetensors_io import TensorRef, find_tensors, read_tensor
 from quantkit.models.experts import unfuse_experts
 from quantkit.models.source_names import source_names, split_stacked
@@ -189,6 +190,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    read_json(folder / "config.json")  # its errors say more
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, StrictDataclassError) as error:

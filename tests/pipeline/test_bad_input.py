@@ -137,13 +137,24 @@ def test_a_file_instead_of_a_folder(llama: Path, text: Path, tmp_path: Path) -> 
 
 def test_no_config(own: Path, text: Path, tmp_path: Path) -> None:
     (own / "config.json").unlink()
-    refused(QuantkitError, "config.json", own, text, tmp_path / "out")
+    refused(FileError, "llama-0/config.json: no such file$", own, text, tmp_path / "out")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no-such-model"}', '{"model_type": 5}'])
-def test_a_config_that_is_none(content: str, own: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ("{", FileError, r"config.json: not valid JSON \(.*\); the file is damaged$"),
+        ("[]", FileError, "config.json: expected a JSON object, found list$"),
+        ("{}", RequestError, r"config.json cannot be read as a transformers model \(.*model_type"),
+        ('{"model_type": "no-such-model"}', RequestError, r"cannot be read as a transformers model \(.*no-such-model"),
+        ('{"model_type": 5}', RequestError, "config.json cannot be read as a transformers model"),
+    ],
+)
+def test_a_config_that_is_none(
+    content: str, error: type[QuantkitError], message: str, own: Path, text: Path, tmp_path: Path
+) -> None:
     (own / "config.json").write_text(content)
-    refused(RequestError, "config.json cannot be read as a transformers model", own, text, tmp_path / "out")
+    refused(error, message, own, text, tmp_path / "out")
 
 
 def test_a_config_with_a_wrong_type(own: Path, text: Path, tmp_path: Path) -> None:
