@@ -64,7 +64,7 @@ class Plan:
             "size_bytes": self.output_bytes,
             "original_bytes": self.original_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
-            "seconds": round(self.seconds, 1),
+            "seconds": float(f"{self.seconds:.2g}"),
         }
 
 
