@@ -43,13 +43,15 @@ from quantkit.algorithms.wavefront import solve_tile
 from quantkit.errors import NumericalError
 from quantkit.formats.grouped_int import GroupedInt
 
+_LEAST_ROW_BLOCK = 16  # less costs time: every block is a pass over all columns
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoAConfig:
     damping: float = 0.01  # of both factors, as a fraction of their mean diagonal
     act_order: ActOrder = "none"  # order of the columns by diag(C)
     row_order: bool = True  # rows of a head by descending diag(R)
-    row_block: int = 16  # rows of a head whose grids are fitted together
+    row_block: int | None = None  # rows of a head whose grids are fitted together; None: a quarter of them, at least 16
     joint_rows: bool = False  # TurboBoA: rows of a block do not compensate each other
     late_grids: bool = True  # fit grids on compensated weights; False: on the original weights (BoA's code)
     block_size: int = 128  # lazy-update width of the columns; changes speed, not codes
@@ -57,16 +59,24 @@ class BoAConfig:
 
 
 class _Problem(NamedTuple):
-    """Heads that share their inputs, rows and columns in the order of visit. ``perm``: position -> original column."""
+    """All heads of a projection; rows and columns in the order of visit where nothing else is said.
 
-    U: Tensor  # [in, in]
+    The first dimension of U and C is the number of heads, or 1 where they share their inputs.
+    """
+
+    U: Tensor  # [heads or 1, in, in]
     V: Tensor  # [heads, head_dim, head_dim]
-    C: Tensor  # [in, in], original order, dead columns repaired
-    perm: Tensor  # [in]
+    C: Tensor  # [heads or 1, in, in], original order, dead columns repaired
+    perm: Tensor  # [heads, in]: position -> original column
     bits: tuple[int, ...]
     symmetric: bool
     grid_fit: GridFit
     damping: float
+
+    def sharing(self, heads: int) -> Iterator[tuple[int, slice]]:
+        """Index into U and C, and the heads that it is for."""
+        each = heads // len(self.U)
+        return ((index, slice(index * each, (index + 1) * each)) for index in range(len(self.U)))
 
 
 def boa(
@@ -94,56 +104,54 @@ def boa(
     Raises:
         NumericalError: NaN or Inf in the weight or a factor. NotPositiveDefiniteError: no damping helped.
     """
-    if hessian.ndim == 3:
-        return _each_head(weight, hessian, row_hessian, bits, symmetric, grid_fit, config)
     if row_hessian is None or not row_hessian.triu(1).any():  # nothing couples the rows
-        plain = GPTQConfig(
-            damping=config.damping,
-            act_order=config.act_order,
-            block_size=config.block_size,
-            shortlist=config.shortlist,
-        )
-        return gptq(weight, hessian, bits, symmetric, grid_fit, plain)
+        return _gptq(weight, hessian, bits, symmetric, grid_fit, config)
     if not torch.isfinite(weight).all():
         raise NumericalError("the weight holds NaN or Inf; the checkpoint is damaged")
     check_finite(row_hessian)
-    W, C = without_dead_columns(weight, hessian)
-    heads, head_dim = row_hessian.shape[:2]
-    W = W.reshape(heads, head_dim, -1)
+    heads = len(row_hessian)
+    W, C = live_columns(weight, hessian, heads)
     R = live_rows(row_hessian)
-    perm = column_order(C.diagonal(), W.shape[2] // len(bits), config.act_order)
+    order = [column_order(part.diagonal(), W.shape[2] // len(bits), config.act_order) for part in C]
     rows = _row_order(R, config.row_order)
-    U, damping = damped_inverse_factor(C[perm][:, perm], config.damping)
-    ordered = _permute_both(R, rows)
-    factors = [damped_inverse_factor(one, config.damping) for one in ordered]
-    V = torch.stack([factor for factor, _ in factors])
-    damping = max(damping, *(fraction for _, fraction in factors))
-    problem = _Problem(U, V, C, perm, bits, symmetric, grid_fit, damping)
-    solved = _solve(_take_rows(W, rows), problem, config)
+    columns = [damped_inverse_factor(part[o][:, o], config.damping) for part, o in zip(C, order, strict=True)]
+    factors = [damped_inverse_factor(part, config.damping) for part in _permute_both(R, rows)]
+    damping = max(fraction for _, fraction in columns + factors)
+    problem = _Problem(
+        U=torch.stack([factor for factor, _ in columns]),
+        V=torch.stack([factor for factor, _ in factors]),
+        C=C,
+        perm=torch.stack(order).expand(heads, -1),
+        bits=bits,
+        symmetric=symmetric,
+        grid_fit=grid_fit,
+        damping=damping,
+    )
     back = rows.argsort(1)
+    solved = _solve(_take_rows(W, rows), problem, config)
     codes, scales, zeros = (_take_rows(part, back).flatten(0, 1) for part in solved)
     quantized = GroupedInt(
         codes=codes.to(torch.uint8), scales=scales.float(), zeros=zeros.float(), bits=bits, symmetric=symmetric
     )
     error = W - quantized.dequantize().to(W).reshape(W.shape)
-    return Solution(quantized, kronecker_loss(error, damped(C, damping), damped_rows(R, damping)), damping)
+    loss = kronecker_loss(error, torch.stack([damped(part, damping) for part in C]), damped_rows(R, damping))
+    return Solution(quantized, loss, damping)
 
 
-def _each_head(
-    weight: Tensor,
-    hessian: Tensor,
-    row_hessian: Tensor | None,
-    bits: tuple[int, ...],
-    symmetric: bool,
-    grid_fit: GridFit,
-    config: BoAConfig,
+def _gptq(
+    weight: Tensor, hessian: Tensor, bits: tuple[int, ...], symmetric: bool, grid_fit: GridFit, config: BoAConfig
 ) -> Solution:
-    """Heads with inputs of their own have nothing in common."""
-    heads = hessian.shape[0]
-    parts = []
-    for index, rows in enumerate(weight.reshape(heads, -1, weight.shape[1])):
-        row_factor = None if row_hessian is None else row_hessian[index : index + 1]
-        parts.append(boa(rows, hessian[index], row_factor, bits, symmetric, grid_fit, config))
+    """Rows that nothing couples; head by head, where heads have inputs of their own."""
+    plain = GPTQConfig(
+        damping=config.damping,
+        act_order=config.act_order,
+        block_size=config.block_size,
+        shortlist=config.shortlist,
+    )
+    if hessian.ndim == 2:
+        return gptq(weight, hessian, bits, symmetric, grid_fit, plain)
+    heads = weight.reshape(len(hessian), -1, weight.shape[1])
+    parts = [gptq(rows, H, bits, symmetric, grid_fit, plain) for rows, H in zip(heads, hessian, strict=True)]
     quantized = GroupedInt(
         codes=torch.cat([part.weight.codes for part in parts]),
         scales=torch.cat([part.weight.scales for part in parts]),
@@ -154,8 +162,18 @@ def _each_head(
     return Solution(quantized, sum(part.loss for part in parts), max(part.damping for part in parts))
 
 
+def live_columns(weight: Tensor, hessian: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Weight [heads, head_dim, in] and C [heads or 1, in, in] with dead columns decoupled."""
+    if hessian.ndim == 2:
+        W, C = without_dead_columns(weight, hessian)
+        return W.reshape(heads, -1, W.shape[1]), C.unsqueeze(0)
+    per_head = weight.reshape(heads, -1, weight.shape[1])
+    parts = [without_dead_columns(rows, H) for rows, H in zip(per_head, hessian, strict=True)]
+    return torch.stack([W for W, _ in parts]), torch.stack([C for _, C in parts])
+
+
 def kronecker_loss(error: Tensor, hessian: Tensor, row_hessian: Tensor) -> float:
-    """sum over heads of tr(R E C E^T): error [heads, head_dim, in], C [in, in], R [heads, head_dim, head_dim]."""
+    """sum over heads of tr(R E C E^T): error [heads, head_dim, in], C [(heads or 1,) in, in], R one per head."""
     return float(((row_hessian @ error) * (error @ hessian)).sum())
 
 
@@ -199,13 +217,14 @@ def _solve(W: Tensor, problem: _Problem, config: BoAConfig) -> tuple[Tensor, Ten
         codes [heads, head_dim, in], scales and zeros [heads, head_dim, n_groups]; rows and columns as in ``W``.
     """
     V, head_dim = problem.V, W.shape[1]
+    row_block = config.row_block or max(_LEAST_ROW_BLOCK, head_dim // 4)
     remaining = W.clone()
     codes = torch.empty_like(W)
     scales = W.new_empty(*W.shape[:2], len(problem.bits))
     zeros = torch.empty_like(scales)
     early = None if config.late_grids else _fit_all(W, problem)
-    for first in range(0, head_dim, config.row_block):
-        block, rest = slice(first, min(first + config.row_block, head_dim)), slice(first + config.row_block, None)
+    for first in range(0, head_dim, row_block):
+        block, rest = slice(first, min(first + row_block, head_dim)), slice(first + row_block, None)
         grid = None if early is None else Grid(*(part[:, block] for part in early))
         coupling = torch.zeros_like(V[:, block, block]) if config.joint_rows else _coupling(V[:, block, block])
         solved, grid = _solve_block(remaining[:, block], coupling, grid, problem, config)
@@ -229,8 +248,13 @@ def _dequantize(codes: Tensor, grid: Grid) -> Tensor:
 
 def _fit_all(W: Tensor, problem: _Problem) -> Grid:
     """Grids of all groups on the given weights [heads, rows, in], original column order: [heads, rows, n_groups]."""
-    grids = static_grids(W.flatten(0, 1), problem.C, problem.bits, problem.symmetric, problem.grid_fit, problem.damping)
-    return Grid(*(torch.stack(parts, 1).reshape(*W.shape[:2], -1) for parts in zip(*grids, strict=True)))
+    scales, zeros = [], []
+    for index, heads in problem.sharing(len(W)):
+        rows, C = W[heads].flatten(0, 1), problem.C[index]
+        grids = static_grids(rows, C, problem.bits, problem.symmetric, problem.grid_fit, problem.damping)
+        scales.append(torch.stack([grid.scales for grid in grids], 1))
+        zeros.append(torch.stack([grid.zeros for grid in grids], 1))
+    return Grid(*(torch.cat(parts).reshape(*W.shape[:2], -1) for parts in (scales, zeros)))
 
 
 def _solve_block(
@@ -246,32 +270,29 @@ def _solve_block(
     Returns:
         codes [heads, n, in], the grid.
     """
-    perm, U = problem.perm, problem.U
-    group_size = W.shape[2] // len(problem.bits)
+    U, n_groups, n_columns = problem.U, len(problem.bits), W.shape[2]
+    group_size = n_columns // n_groups
     fits_late = grid is None and config.act_order != "full"
     if grid is None:
-        grid = (
-            Grid(*(W.new_empty(*W.shape[:2], len(problem.bits)) for _ in range(2)))
-            if fits_late
-            else _fit_all(W, problem)
-        )
-    target = W[:, :, perm]
+        empty = Grid(*(W.new_empty(*W.shape[:2], n_groups) for _ in range(2)))
+        grid = empty if fits_late else _fit_all(W, problem)
+    target = W.gather(2, problem.perm.unsqueeze(1).expand(W.shape))
     pulled = torch.zeros_like(target)  # what the errors of earlier columns of the same row take away
     codes = torch.empty_like(W)
-    column_groups = perm // group_size
-    widths = torch.tensor(problem.bits, device=W.device)[column_groups]
-    for tile in _tiles(W.shape[2], group_size if fits_late else W.shape[2], config.block_size):
-        group = int(column_groups[tile.start])
+    groups = problem.perm // group_size  # [heads, in]
+    top = 2.0 ** torch.tensor(problem.bits, dtype=W.dtype, device=W.device)[groups] - 1
+    for tile in _tiles(n_columns, group_size if fits_late else n_columns, config.block_size):
         if fits_late and tile.start % group_size == 0:
             span = slice(tile.start, tile.start + group_size)
-            fitted = _fit_group((target - pulled)[:, :, span], U[span, span], problem.bits[group], problem, config)
-            grid.scales[:, :, group], grid.zeros[:, :, group] = fitted
-        tile_grid = Grid(*(part[:, :, column_groups[tile]] for part in grid))
-        top = (2.0 ** widths[tile] - 1).to(W)
-        solved, errors = solve_tile(target[:, :, tile], pulled[:, :, tile], U[tile, tile], coupling, tile_grid, top)
-        codes[:, :, perm[tile]] = solved
-        pulled[:, :, tile.stop :] += errors @ U[tile, tile.stop :]
-    return codes, grid
+            _fit_groups((target - pulled)[:, :, span], U[:, span, span], groups[:, tile.start], grid, problem, config)
+        spread = groups[:, None, tile].expand(-1, W.shape[1], -1)
+        tile_grid = Grid(*(part.gather(2, spread) for part in grid))
+        codes[:, :, tile], errors = solve_tile(
+            target[:, :, tile], pulled[:, :, tile], U[:, tile, tile], coupling, tile_grid, top[:, tile]
+        )
+        later = U[:, tile, tile.stop :]
+        pulled[:, :, tile.stop :] += errors @ (later if len(later) > 1 else later[0])
+    return codes.gather(2, problem.perm.argsort(1).unsqueeze(1).expand(W.shape)), grid
 
 
 def _tiles(n_columns: int, group_size: int, block_size: int) -> Iterator[slice]:
@@ -281,14 +302,20 @@ def _tiles(n_columns: int, group_size: int, block_size: int) -> Iterator[slice]:
             yield slice(first, min(first + block_size, start + group_size))
 
 
-def _fit_group(w: Tensor, U: Tensor, bits: int, problem: _Problem, config: BoAConfig) -> Grid:
-    """w [heads, n, g] -> [heads, n], as GPTQ would choose them for these rows."""
-    rows = w.flatten(0, 1)
-    metric = torch.linalg.solve_triangular(U, torch.eye(U.shape[0], dtype=U.dtype, device=U.device), upper=True)
-    candidates = grid_candidates(rows, bits, problem.symmetric, metric, problem.grid_fit, config.shortlist)
-    if candidates.scales.shape[0] > 1:
-        plain = GPTQConfig(block_size=config.block_size, shortlist=config.shortlist)
-        grid, _, _ = quantize_group(rows, U, candidates, bits, plain)
-    else:
-        grid = Grid(*(part[0] for part in candidates))
-    return Grid(*(part.reshape(w.shape[:2]) for part in grid))
+def _fit_groups(w: Tensor, U: Tensor, groups: Tensor, grid: Grid, problem: _Problem, config: BoAConfig) -> None:
+    """Sets the grid of one group of each head, as GPTQ would choose it for these rows.
+
+    Args:
+        w: [heads, n, g]. U: [heads or 1, g, g]. groups: [heads], the group's number. grid: [heads, n, n_groups].
+    """
+    identity = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+    for index, heads in problem.sharing(len(w)):
+        rows, group = w[heads].flatten(0, 1), int(groups[heads.start])
+        bits, metric = problem.bits[group], torch.linalg.solve_triangular(U[index], identity, upper=True)
+        found = grid_candidates(rows, bits, problem.symmetric, metric, problem.grid_fit, config.shortlist)
+        best = Grid(*(part[0] for part in found))
+        if len(found.scales) > 1:
+            plain = GPTQConfig(block_size=config.block_size, shortlist=config.shortlist)
+            best, _, _ = quantize_group(rows, U[index], found, bits, plain)
+        for part, fitted in zip(grid, best, strict=True):
+            part[heads, :, group] = fitted.reshape(-1, w.shape[1])

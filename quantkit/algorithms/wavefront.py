@@ -25,36 +25,38 @@ def solve_tile(
 
     Args:
         target: [heads, n, width] before, pulled: after subtraction of what earlier columns took from the row.
-        U: [width, width]. coupling: T [heads, n, n]. grid: [heads, n, width]. top: largest code [width].
+        U: [heads or 1, width, width]. coupling: T [heads, n, n]. grid: [heads, n, width].
+        top: largest code of each column [heads, width].
 
     Returns:
         codes, errors E with E[r, c] = (w - q) / U[c, c]; [heads, n, width].
     """
     heads, n, width = target.shape
+    margin = (n - 1, n - 1)
     S, G, scales, zeros = (_skew(part) for part in (target, pulled, grid.scales, grid.zeros))  # [steps, heads, n]
-    codes, errors = torch.zeros_like(S), torch.zeros_like(S)
+    codes, errors = torch.empty_like(S), torch.empty_like(S)
     steps, couples = S.shape[0], bool(coupling.any())
-    scales[scales == 0] = 1.0  # outside of the tile
-    band = _band(U, n)  # [width, width + 2 (n - 1)]: band[k, n - 1 + c] = U[c, c + k]
-    inverse = pad(1 / U.diagonal(), (n - 1, n - 1))  # no error outside of the tile
-    top = pad(top, (n - 1, n - 1))
+    scales[scales == 0] = 1.0  # outside of the tile, where target, zeros and top are 0 and so is what follows from them
+    top = pad(top, margin)
     bottom = torch.zeros_like(top)
+    diagonal = pad(U.diagonal(dim1=1, dim2=2), margin, value=1.0)
+    band = _band(U, n)  # [width, heads or 1, width + 2 (n - 1)]: band[k, :, n - 1 + c] = U[:, c, c + k]
     corrections = _corrections(coupling)  # [n - 1, heads, n]
     S, G = pad(S, (0, 0, 0, 0, 0, n)), pad(G, (0, 0, 0, 0, 0, width))
     D = target.new_zeros(heads, 2 * n)
     shifted = D.as_strided((n - 1, heads, n), (1, 2 * n, 1), 1)  # shifted[k - 1, :, rho] = D[:, rho + k]
     for t in range(steps):
-        w = S[t] - G[t]
         columns = slice(t, t + n)
-        code = torch.clamp((w / scales[t]).add_(zeros[t]).round_(), bottom[columns], top[columns])
-        q = scales[t] * (code - zeros[t])
-        e = (w - q) * inverse[columns]
-        codes[t], errors[t] = code, e
+        w = S[t] - G[t]
+        code = (w / scales[t]).add_(zeros[t]).round_()
+        torch.clamp(code, bottom[:, columns], top[:, columns], out=codes[t])
+        q = (codes[t] - zeros[t]).mul_(scales[t])
+        torch.div(w.sub_(q), diagonal[:, columns], out=errors[t])
         if couples:
-            D[:, :n] = (S[t] - q).where(inverse[columns] > 0, 0)
+            torch.sub(S[t], q, out=D[:, :n])
             S[t + 1 : t + n].addcmul_(corrections, shifted, value=-1)
         reach = width - max(0, t - n + 1)
-        G[t + 1 : t + reach].addcmul_(band[1:reach, None, columns], e)
+        G[t + 1 : t + reach].addcmul_(band[1:reach, :, columns], errors[t])
     return _unskew(codes, width), _unskew(errors, width)
 
 
@@ -73,11 +75,11 @@ def _unskew(part: Tensor, width: int) -> Tensor:
 
 
 def _band(U: Tensor, n: int) -> Tensor:
-    """U's diagonals as rows: [width, width + 2 (n - 1)] with band[k, n - 1 + c] = U[c, c + k], 0 beyond the tile."""
-    width = U.shape[0]
-    flat = pad(U.triu(), (0, width)).flatten()  # [width, 2 width]
-    rows = flat.as_strided((width, width), (2 * width + 1, 1))  # row c from its diagonal on
-    return pad(rows.t(), (n - 1, n - 1)).contiguous()
+    """U's diagonals as rows: [width, heads or 1, width + 2 (n - 1)], band[k, :, n - 1 + c] = U[:, c, c + k], else 0."""
+    count, width = U.shape[:2]
+    wide = pad(U.triu(), (0, width))  # [heads or 1, width, 2 width]
+    rows = wide.as_strided((count, width, width), (2 * width * width, 2 * width + 1, 1))  # row c from its diagonal on
+    return pad(rows.permute(2, 0, 1), (n - 1, n - 1)).contiguous()
 
 
 def _corrections(coupling: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from quantkit.models.attention import Attention
 Metric = Literal["outputs", "logits"]
 _SCRATCH_BYTES = 1 << 27  # bound of the [queries, seq_len, head_dim] tensors
 _TOLERANCE = 0.03  # relative; bfloat16 attention differs from float32 by less than 0.01
+_VALUE_QUERIES = 1024  # evenly spaced query positions of every call that count in the value's columns
 _KEPT_TOKENS = 8  # of every call, for the Jacobians of query and key norms under metric="logits"
 
 
@@ -100,7 +101,7 @@ class AttentionRecorder:
         value_columns: bool = True,
         value_rows: bool = True,
         center_keys: bool = True,
-        queries_per_call: int = 64,
+        queries_per_call: int = 32,
     ) -> None:
         self.problem: str | None = None
         self._attention, self._block = attention, block
@@ -226,7 +227,9 @@ class AttentionRecorder:
             self._roots = _square_roots(self._output_grams())
         for g, probabilities, weights in self._each_group(part, q, k):
             if self._value_columns:
-                self._add_at("value", g, self._attention.kv_heads, _value_columns(probabilities, inputs))
+                chosen = _spread(len(inputs), _VALUE_QUERIES, self._n_calls, inputs.device)
+                columns = _value_columns(probabilities[:, chosen], inputs)
+                self._add_at("value", g, self._attention.kv_heads, columns)
             if self._metric == "logits":
                 continue
             for member in range(group):
@@ -298,10 +301,10 @@ def _per_group(heads: Tensor, n_groups: int) -> Tensor:
 
 
 def _value_columns(probabilities: Tensor, inputs: Tensor) -> Tensor:
-    """sum over the group of X^T A^T A X; [group, L, L], [L, in] -> [in, in], by the cheaper of two orders."""
-    group, (seq_len, in_features) = len(probabilities), inputs.shape
-    per_head = group * in_features * (seq_len + in_features)
-    if per_head <= group * seq_len**2 + in_features * (seq_len + in_features):
+    """sum over the group of X^T A^T A X; [group, n, L], [L, in] -> [in, in], by the cheaper of two orders."""
+    (group, n, _), (seq_len, in_features) = probabilities.shape, inputs.shape
+    last = in_features * (seq_len + in_features)
+    if group * n * last <= seq_len * (group * n * seq_len + last):
         mixed = (probabilities @ inputs).flatten(0, 1)
         return mixed.t() @ mixed
     stacked = probabilities.flatten(0, 1)

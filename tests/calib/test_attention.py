@@ -183,7 +183,7 @@ def test_value_hessian_is_exact_without_groups() -> None:
 
 @pytest.mark.parametrize("length", [5, 150])
 def test_either_order_of_products_gives_the_value_columns(length: int) -> None:
-    """Long sequences of grouped heads go through A^T A, short ones through A X."""
+    """Short sequences of many grouped heads go through A^T A, long ones through A X."""
     model = build("llama", num_key_value_heads=1)
     probabilities, inputs = eager_attention(model, tokens(length=length))
     statistics = recorded(model, [tokens(length=length)], queries_per_call=1)
