@@ -59,3 +59,13 @@ class AttentionWatch:
 
     def _fall_back(self, reason: str) -> None:
         self._note(f"{self._name}: {reason}; BoA's derivation does not hold, so GPTQ quantizes all of it")
+
+
+def attention_bytes(block: nn.Module, recipe: Recipe, seq_len: int) -> int:
+    """What ``solver=boa`` holds beside the linears' own Hessians; the block may be on the meta device."""
+    found = find_attention(block) if recipe.solver == "boa" else None
+    if not isinstance(found, Attention):
+        return 0
+    inputs: int = block.get_submodule(found.v.path).in_features  # type: ignore[assignment]
+    columns = 5 * 4 * found.kv_heads * inputs**2 if recipe.block_v else 0  # sums, copies without dead columns, factors
+    return columns + 4 * 4 * (found.heads // found.kv_heads) * seq_len**2  # logits and probabilities of one key head

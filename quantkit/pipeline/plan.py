@@ -17,6 +17,7 @@ from quantkit.formats.grouped_int import GroupedIntSpec, check_group_size
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear
 from quantkit.pipeline.allocate import needs_activations
+from quantkit.pipeline.attend import attention_bytes
 from quantkit.pipeline.budget import Budget, budget_of, spec_at
 from quantkit.pipeline.journal import work_folder
 from quantkit.pipeline.request import QuantizeRequest
@@ -139,6 +140,8 @@ def _peak_memory(skeleton: Skeleton, request: QuantizeRequest, seq_len: int) -> 
     activations = 16 * seq_len * max(max(linear.in_features, linear.out_features) for linear in linears)
     held = 4 * block + max(map(_hessian_bytes, skeleton.blocks))
     walk = _n_streams(request.recipe) * held + max(activations, copies + factors)
+    modules = map(skeleton.block_module, range(len(skeleton.blocks)))
+    walk += max(attention_bytes(module, request.recipe, seq_len) for module in modules)
     return _BASE_BYTES + max(_surroundings_bytes(skeleton) + activations, walk)
 
 

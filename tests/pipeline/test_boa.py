@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from quantized_models import Events, calibration_text, dense_model, logits, quantized_weights, sha256_of, small_run
-from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
+from tiny_models import FAMILIES, build, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BloomConfig
 
 import quantkit
 from quantkit.errors import RequestError
+from quantkit.pipeline.attend import attention_bytes
 from quantkit.recipe import resolve
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
@@ -81,6 +82,16 @@ def test_same_run_same_bytes(models: Path, text: Path, tmp_path: Path) -> None:
     source = tiny_model("qwen3", models)
     first, second = (small_run(source, tmp_path / name, text, "boa", bits=2) for name in ("a", "b"))
     assert sha256_of(first.output) == sha256_of(second.output)
+
+
+def test_plan_counts_what_attention_needs() -> None:
+    """Per head [in, in] in five copies, and 4 bytes four times for each pair of positions of a key head's queries."""
+    block = build("llama").model.layers[0]
+    expected = 5 * 4 * 2 * 64**2 + 16 * 2 * 100**2
+    assert attention_bytes(block, resolve("boa"), 100) == expected
+    assert attention_bytes(block, resolve("boa", settings=["block_v=false"]), 100) == 16 * 2 * 100**2
+    assert attention_bytes(block, resolve("gptq"), 100) == 0
+    assert attention_bytes(torch.nn.Linear(2, 2), resolve("boa"), 100) == 0
 
 
 def bloom(folder: Path) -> Path:
