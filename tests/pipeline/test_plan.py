@@ -88,7 +88,7 @@ def test_a_dry_run_reads_no_weight_and_writes_nothing(text: Path, tmp_path: Path
         "bpw": 3 + 19 / 32,
         "bytes": 64 * 64 * 3 // 8 + 64 * 2 * 2 + 64 * 2 * 3 // 8,
     }
-    assert 0 < said["seconds"] < 60
+    assert 0 < plan.seconds < 60
 
 
 def test_reasons_for_what_is_left_alone(models: Path, text: Path, tmp_path: Path) -> None:
