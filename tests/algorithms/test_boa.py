@@ -154,14 +154,19 @@ def test_loop_over_anti_diagonals_is_gptq_without_coupling(act_order: str, row_b
     )
 
 
-def test_heads_with_inputs_of_their_own() -> None:
+@pytest.mark.parametrize("act_order", ["none", "group", "full"])
+@pytest.mark.parametrize("late_grids", [True, False])
+def test_heads_with_inputs_of_their_own(act_order: str, late_grids: bool) -> None:
+    """All at once, each in its own order of columns: what each would get alone."""
     weight, _, rows = problem(3, 6, 20)
     hessians = torch.stack([positive(20, seed=10 + head) for head in range(3)])
+    hessians[1, 4] = hessians[1, :, 4] = 0  # dead for one head only
+    settings: dict[str, Any] = {"bits": (2, 3), "grid": "hessian", "act_order": act_order, "late_grids": late_grids}
     for factor in (None, rows):
-        together = solve(weight, hessians, factor, (2, 2))
+        together = solve(weight, hessians, factor, row_block=4, block_size=7, **settings)
         alone = [
-            solve(weight[6 * h : 6 * h + 6], hessians[h], None if factor is None else factor[h : h + 1], (2, 2))
-            for h in range(3)
+            solve(own, hessian, None if factor is None else factor[head : head + 1], row_block=4, **settings)
+            for head, (own, hessian) in enumerate(zip(weight.chunk(3), hessians, strict=True))
         ]
         assert torch.equal(together.weight.codes, torch.cat([solution.weight.codes for solution in alone]))
         assert torch.equal(together.weight.scales, torch.cat([solution.weight.scales for solution in alone]))
@@ -328,6 +333,19 @@ def test_refinement_raises_no_head(head_dim: int, n_groups: int, seed: int) -> N
         assert (after <= before * (1 + 1e-9)).all()
     codes = refine_heads(weight, hessian, rows, start, 2, DAMPING).codes
     assert int(codes.max()) <= 3
+
+
+def test_refinement_of_heads_with_inputs_of_their_own() -> None:
+    weight, _, rows = problem(3, 18, 20)
+    hessians = torch.stack([positive(20, seed=10 + head) for head in range(3)])
+    start = solve(weight, hessians, rows, (2, 2)).weight
+    together = refine_heads(weight, hessians, rows, start, 2, DAMPING)
+    for head, (own, hessian) in enumerate(zip(weight.chunk(3), hessians, strict=True)):
+        mine = slice(18 * head, 18 * (head + 1))
+        first = replace(start, codes=start.codes[mine], scales=start.scales[mine], zeros=start.zeros[mine])
+        alone = refine_heads(own, hessian, rows[head : head + 1], first, 2, DAMPING)
+        assert torch.equal(together.codes[mine], alone.codes)
+        assert torch.equal(together.scales[mine], alone.scales)
 
 
 def test_refinement_pays() -> None:
