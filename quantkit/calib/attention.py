@@ -253,13 +253,20 @@ class AttentionRecorder:
             Z = jacobian_transposed(self._norms[0], raw[0][:, chosen], head.query_head, Z).flatten(0, 1)
             query_rows += Z.t() @ Z
             distances = head.v.square().sum(1) - 2 * v_mean @ head.v.t() + v_mean.square().sum(1, keepdim=True)
-            u = head.q[chosen].unsqueeze(1).expand(-1, seq_len, -1)
-            u = self._rotary.rotate(u, back=True)  # [n, seq_len, key dim]
-            u = jacobian_transposed(self._norms[1], raw[1], head.key_head, u)
-            u = (u * (weights * distances.clamp_min(0).sqrt()).unsqueeze(2)).flatten(0, 1)
-            key_rows += u.t() @ u
+            key_rows += self._key_rows(head, chosen, weights.square() * distances.clamp_min(0), raw[1])
         self._add_at("query", head.query_head, self._attention.heads, query_rows)
         self._add_at("key", head.key_head, self._attention.kv_heads, key_rows)
+
+    def _key_rows(self, head: _Head, chosen: Tensor, weights: Tensor, raw: Tensor) -> Tensor:
+        """sum over queries l and keys m of weights[l, m] J_m^T R_m^T q~_l q~_l^T R_m J_m."""
+        assert self._rotary is not None
+        q = head.q[chosen]
+        if self._norms[1] is None:
+            return self._rotary.weighted_sum(q.unsqueeze(2) * q.unsqueeze(1), weights).sum(0)
+        u = self._rotary.rotate(q.unsqueeze(1).expand(-1, len(head.k), -1), back=True)  # [n, seq_len, key dim]
+        u = jacobian_transposed(self._norms[1], raw, head.key_head, u)
+        u = (u * weights.sqrt().unsqueeze(2)).flatten(0, 1)
+        return u.t() @ u
 
     def _keep_tokens(self, raw: list[Tensor]) -> None:
         if any(norm is not None for norm in self._norms):

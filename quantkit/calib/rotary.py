@@ -32,10 +32,18 @@ class Rotary:
 
     def mean(self, matrix: Tensor) -> Tensor:
         """The mean over all positions of R_l^T M R_l, for ``[..., head_dim, head_dim]``, in closed form."""
-        n, inverse = self.cos.shape[0], self.order.argsort()
-        cc, ss = self.cos.t() @ self.cos / n, self.sin.t() @ self.sin / n
-        cs = self.cos.t() @ self.sin / n
-        sc = cs.t()
+        n = self.cos.shape[0]
+        moments = (self.cos.t() @ self.cos / n, self.cos.t() @ self.sin / n, self.sin.t() @ self.sin / n)
+        return self._turned(matrix, *moments)
+
+    def weighted_sum(self, matrices: Tensor, weights: Tensor) -> Tensor:
+        """sum over l of weights[:, l] R_l^T M R_l, for ``[n, head_dim, head_dim]`` and weights ``[n, seq_len]``."""
+        cos, sin = ((weights.unsqueeze(2) * part).mT for part in (self.cos, self.sin))  # [n, half, seq_len]
+        return self._turned(matrices, cos @ self.cos, cos @ self.sin, sin @ self.sin)
+
+    def _turned(self, matrix: Tensor, cc: Tensor, cs: Tensor, ss: Tensor) -> Tensor:
+        """From the sums over positions of cos cos^T, cos sin^T and sin sin^T, [..., half, half]."""
+        sc, inverse = cs.mT, self.order.argsort()
         (m11, m12), (m21, m22) = (
             half.chunk(2, -1) for half in matrix[..., self.order, :][..., self.order].chunk(2, -2)
         )
