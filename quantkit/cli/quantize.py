@@ -136,8 +136,7 @@ def quantize(
     """Quantize a model into a packed folder. An interrupted run goes on when the same command is repeated."""
     chosen = [*(["symmetric=true"] if symmetric else []), *(settings or [])]
     recipe = resolve(method, bits=bits, bpw=bpw, group_size=group_size, settings=chosen, file=recipe_file)
-    from quantkit.pipeline import QuantizeRequest
-    from quantkit.pipeline.walk import default_output
+    from quantkit.pipeline import QuantizeRequest, default_output
 
     request = QuantizeRequest(
         model=model,
@@ -214,7 +213,7 @@ def _show_result(result: QuantizeResult, request: QuantizeRequest) -> None:
 
 
 def _plan(request: QuantizeRequest, as_json: bool) -> None:
-    from quantkit.pipeline.walk import dry_run
+    from quantkit.pipeline import dry_run
 
     with quiet_libraries():
         plan = dry_run(request)

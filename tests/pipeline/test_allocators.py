@@ -34,10 +34,9 @@ from quantkit.formats.checkpoint import open_folder
 from quantkit.formats.files import read_json, write_json
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear
-from quantkit.pipeline import dry_run
+from quantkit.pipeline import default_output, dry_run
 from quantkit.pipeline.budget import budget_of, bytes_at, units_of
 from quantkit.pipeline.journal import work_folder
-from quantkit.pipeline.walk import default_output
 from quantkit.recipe import Recipe, recipe_from_json, resolve
 
 N = 4
