@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_models import calibration_text, dense_model, logits, quantized_weights, small_run, token_ids
+from quantized_models import (
+    Interrupted,
+    StopAfter,
+    calibration_text,
+    dense_model,
+    logits,
+    quantized_weights,
+    sha256_of,
+    small_run,
+    token_ids,
+)
 from tiny_models import FAMILIES, build, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
@@ -92,6 +102,21 @@ def test_one_group_per_row(models: Path, text: Path, tmp_path: Path) -> None:
     result = small_run(source, tmp_path / "out", text, group_size=0)
     assert {weight.group_size for weight in quantized_weights(result.output).values()} == {64, 128}
     assert_computes_with_its_weights(source, result.output)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+def test_on_a_gpu(family: str, models: Path, text: Path, tmp_path: Path) -> None:
+    """The stored weights compute on the CPU too, and a run that was resumed has the bytes of one that was not."""
+    source = tiny_model(family, models, seed=1)
+    result = small_run(source, tmp_path / "out", text, device="cuda")
+    assert_computes_with_its_weights(source, result.output)
+    with pytest.raises(Interrupted):
+        small_run(source, tmp_path / "again", text, device="cuda", listener=StopAfter(1))
+    again = small_run(source, tmp_path / "again", text, device="cuda")
+    assert again.resumed_blocks == 1
+    assert sha256_of(again.output) == sha256_of(result.output)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -52,10 +52,11 @@ def plain(llama: Path, text: Path, models: Path) -> Path:
     return small_run(llama, models / "plain", text).output
 
 
-def hessians(model: PreTrainedModel, names: list[str], text: Path) -> dict[str, Tensor]:
+def hessians(
+    model: PreTrainedModel, names: list[str], text: Path, n_samples: int = 4, seq_len: int = 32
+) -> dict[str, Tensor]:
     """(2 / n_tokens) X^T X of the inputs of some linears, sample by sample through the whole model."""
-    sizes = {"n_samples": SMALL["n_samples"], "seq_len": SMALL["seq_len"]}
-    samples = load_calibration(str(text), tiny_tokenizer(), **sizes).input_ids
+    samples = load_calibration(str(text), tiny_tokenizer(), n_samples=n_samples, seq_len=seq_len).input_ids
     inputs: dict[str, list[Tensor]] = {name: [] for name in names}
     for name in names:
         hook = lambda module, args, name=name: inputs[name].append(args[0].flatten(0, -2))  # noqa: E731
@@ -82,15 +83,16 @@ def test_a_block_sees_what_the_quantized_blocks_before_it_make(
 ) -> None:
     """The literal way: a dense model with its first block replaced, all of it at once, hooks on its second block."""
     source = tiny_model(family, models)
-    output = small_run(source, tmp_path / "out", text).output
+    sizes = {"n_samples": 3, "seq_len": 96}  # longer than Gemma's sliding window of 64
+    output = small_run(source, tmp_path / "out", text, **sizes).output
     quantized = {name: packed.dequantize() for name, packed in quantized_weights(output).items()}
     first = {name: weight for name, weight in quantized.items() if ".0." in name.partition("layers")[2][:3]}
     second = [name for name in quantized if name not in first and ".experts." not in name]
     assert first
     assert second
     model = dense_model(source, first)
-    expected = hessians(model, second, text)
-    original = hessians(dense_model(source, {}), second, text)
+    expected = hessians(model, second, text, **sizes)
+    original = hessians(dense_model(source, {}), second, text, **sizes)
     reported = reported_errors(output)
     for name in second:
         weight = dense_weight(model, name)
