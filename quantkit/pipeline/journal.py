@@ -168,8 +168,15 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
         )
     if output.exists() and not output.is_dir():
         raise RequestError(f"output {output} is a file; give a folder with -o")
-    if output.exists() and not overwrite and any(output.iterdir()):
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not overwrite:
         raise RequestError(f"output {output} exists; choose another folder with -o, or pass --overwrite")
+    if not all((output / name).is_file() for name in ("recipe.json", "checksums.json")):
+        raise RequestError(
+            f"output {output} was not written by quantkit, so --overwrite does not touch it; "
+            "choose another folder with -o"
+        )
 
 
 def _refuse_difference(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:

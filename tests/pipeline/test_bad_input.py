@@ -236,6 +236,16 @@ def test_an_output_that_exists(method: str, llama: Path, text: Path, tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_overwrite_spares_what_quantkit_did_not_write(own: Path, text: Path, tmp_path: Path) -> None:
+    """Least of all the model itself, or a folder that it lies in."""
+    message = r"was not written by quantkit, so --overwrite does not touch it; choose another folder with -o$"
+    before = sha256_of(tmp_path)
+    for output in (own, tmp_path):
+        with pytest.raises(RequestError, match=message):
+            small_run(own, output, text, "rtn", overwrite=True)
+    assert sha256_of(tmp_path) == before
+
+
 def test_outputs_that_cannot_be(llama: Path, text: Path, tmp_path: Path) -> None:
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("mine")
