@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from quantkit.errors import FileError
+from quantkit.errors import FileError, RequestError
 from quantkit.formats.safetensors_io import TensorRef
 
 
@@ -19,15 +19,25 @@ def source_names(model: Any, tensors: dict[str, TensorRef]) -> dict[str, str]:
     Args:
         model: a transformers model whose experts may be unfused.
         tensors: those of the source files.
+
+    Raises:
+        RequestError: the files keep a tensor in another layout (transposed, interleaved, cut in other pieces), which
+            transformers converts while it loads.
     """
     from transformers.core_model_loading import rename_source_key
 
     state = model.state_dict()
+    renamings, converters = _conversions(model)
     names = {name: name for name in tensors if name in state}
-    renamings = _renamings(model)
     for source in tensors:
+        renamed, converted = rename_source_key(source, renamings, converters, model.base_model_prefix, state)
+        if converted is not None:
+            kind = type(model).__name__
+            raise RequestError(
+                f"tensor {source} is stored in another layout than {kind} computes with (as {renamed}); "
+                "checkpoints that are converted while they are loaded are not supported"
+            )
         if source not in names:
-            renamed, _ = rename_source_key(source, renamings, [], model.base_model_prefix, state)
             names.setdefault(renamed, source)
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():  # files hold one of a tied pair
         for stored, other in ((target, source), (source, target)):
@@ -36,20 +46,22 @@ def source_names(model: Any, tensors: dict[str, TensorRef]) -> dict[str, str]:
     return names
 
 
-def _renamings(model: Any) -> list[Any]:
-    """The model's renamings, and those of its experts: the files of some families say w1, w3, w2."""
+def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
+    """The model's renamings, with those of its experts (some files say w1, w3, w2), and what is no mere renaming."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    renamings = []
+    renamings, converters = [], []
     for conversion in get_model_conversion_mapping(model):
+        linears = _expert_linears(conversion)
         if isinstance(conversion, WeightRenaming):
             renamings.append(conversion)
-            continue
-        for tail, name in _expert_linears(conversion):
+        elif not linears:
+            converters.append(conversion)
+        for tail, name in linears:
             if tail != name:
                 renamings.append(WeightRenaming(rf"\.experts\.(\d+)\.{tail}\.", rf".experts.\1.{name}."))
-    return renamings
+    return renamings, converters
 
 
 def _expert_linears(conversion: Any) -> list[tuple[str, str]]:
@@ -61,7 +73,8 @@ def _expert_linears(conversion: Any) -> list[tuple[str, str]]:
         ours = ["down_proj"]
     else:
         return []
-    tails = [source.rpartition("experts.*.")[2].removesuffix(".weight") for source in conversion.source_patterns]
+    found = [re.search(r"experts\.\*\.(\w+)\.weight$", source) for source in conversion.source_patterns]
+    tails = [match[1] for match in found if match]  # none where the files stack the experts themselves
     return list(zip(tails, ours, strict=True)) if len(tails) == len(ours) else []
 
 

@@ -10,7 +10,7 @@ import torch
 from quantized_models import token_ids
 from tiny_models import FAMILIES, build, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from quantkit.errors import FileError, NumericalError, RequestError
 from quantkit.formats.checkpoint import find_tensors, read_tensor, write_tensors
@@ -175,6 +175,19 @@ def test_stacked_experts_of_another_shape_are_named(tmp_path: Path) -> None:
     message = r"experts\.down_proj has shape \[4, 32, 64\], the model needs \[4, 64, 32\]"
     with pytest.raises(FileError, match=message):
         Skeleton(source)
+
+
+def test_checkpoints_in_another_layout_are_refused(tmp_path: Path) -> None:
+    """HRM's files hold one tensor for gate and up, which transformers cuts in two while it loads."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 32, "num_layers_per_stack": 1}
+    config = CONFIG_MAPPING["hrm_text"](**sizes, num_attention_heads=2, head_dim=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    message = (
+        r"^tensor model\.H_module\.layers\.0\.\S+ is stored in another layout than HrmTextForCausalLM computes with "
+        r"\(as model\.H_module\.layers\.0\.\S+\); checkpoints that are converted while they are loaded are not supported$"
+    )
+    with pytest.raises(RequestError, match=message):
+        Skeleton(tmp_path)
 
 
 def test_buffers_that_nobody_can_recompute_are_refused(models: Path) -> None:
