@@ -184,7 +184,8 @@ def test_checkpoints_in_another_layout_are_refused(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     message = (
         r"^tensor model\.H_module\.layers\.0\.\S+ is stored in another layout than HrmTextForCausalLM computes with "
-        r"\(as model\.H_module\.layers\.0\.\S+\); checkpoints that are converted while they are loaded are not supported$"
+        r"\(as model\.H_module\.layers\.0\.\S+\); checkpoints that are converted while they are loaded are not "
+        r"supported$"
     )
     with pytest.raises(RequestError, match=message):
         Skeleton(tmp_path)
