@@ -32,7 +32,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _OPTIONAL: dict[str, type] = {"bits": float, "bpw": float, "group_size": int, "lo": int, "hi": int}  # may be null
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _LINEAR_ALLOCATORS = ("zd", "error", "random")  # those that can tell the linears of a block apart
-_BOA_SETTINGS = ("block_v", "v_row_factor", "qk_metric", "center_keys", "row_order", "joint_rows", "late_grids")
+_BOA_SETTINGS = (
+    "row_damping",
+    "block_v",
+    "v_row_factor",
+    "qk_metric",
+    "center_keys",
+    "row_order",
+    "joint_rows",
+    "late_grids",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +71,7 @@ class Recipe:
     refine: int = field(default=0, metadata={"help": "rounds of least-squares scales and coordinate descent after it"})
     sequential: bool = field(default=False, metadata={"help": "quantize a block in stages, re-reading inputs"})
     criterion: str = field(default="mse", metadata={"help": "sba: mse (Hessian) or kl (the authors')"})
+    row_damping: float = field(default=0.3, metadata={"help": "boa: damping across rows; the more, the nearer to gptq"})
     block_v: bool = field(default=True, metadata={"help": "boa: values by their inputs as attention mixes them"})
     v_row_factor: bool = field(default=True, metadata={"help": "boa: values by what the output projection reads"})
     qk_metric: str = field(
@@ -86,8 +96,9 @@ class Recipe:
             raise RequestError(f"{self.method} works at {low} to {high} bits, not {self.bits}")
         if self.group_size is not None and self.group_size < 1:
             raise RequestError(f"group_size must be positive, or 0 for one group per row, not {self.group_size}")
-        if not 0 <= self.damping <= 100:
-            raise RequestError(f"damping is a fraction of mean(diag(H)), 0 to 100, not {self.damping:g}")
+        for name in ("damping", "row_damping"):
+            if not 0 <= (value := getattr(self, name)) <= 100:
+                raise RequestError(f"{name} is a fraction of mean(diag(H)), 0 to 100, not {value:g}")
         self._check_combination()
         self._check_boa()
         self._check_widths()
@@ -212,10 +223,17 @@ def resolve(
         raise RequestError(
             "the budget is either bits (of the codes, on average) or bpw (of all that is stored), not both"
         )
-    name = values.get("method", "gptq")
+    name = values.get("method", _default_method(values))
     if not isinstance(name, str) or name not in METHODS:
         raise RequestError(f"unknown method {name!r}; {did_you_mean(str(name), METHODS)}")
     return recipe_from_json({"method": name, **METHODS[name].defaults, **values})
+
+
+def _default_method(values: Mapping[str, Any]) -> str:
+    """``refined`` below 4 bits, where it pays; plain GPTQ from there on, and for who chooses a solver himself."""
+    budget = values.get("bits", values.get("bpw"))
+    low = isinstance(budget, int | float) and budget < 4
+    return "refined" if low and "solver" not in values else "gptq"
 
 
 def recipe_from_json(values: Mapping[str, Any]) -> Recipe:

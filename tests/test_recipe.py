@@ -35,6 +35,31 @@ def test_nothing_given_is_gptq_at_four_bits() -> None:
     assert (Recipe().bits, Recipe().group_size, Recipe().solver) == (4, 128, "gptq")
 
 
+@pytest.mark.parametrize(
+    ("budget", "settings", "method"),
+    [
+        ({"bits": 2}, [], "refined"),
+        ({"bits": 3}, ["grid=mse"], "refined"),
+        ({"bits": 4}, [], "gptq"),
+        ({"bits": 2.5}, ["allocator=zd"], "refined"),
+        ({"bpw": 2.8}, ["allocator=zd"], "refined"),
+        ({}, ["bits=2"], "refined"),
+        ({"bits": 2}, ["solver=boa"], "gptq"),
+        ({"bits": 2}, ["solver=rtn"], "gptq"),
+    ],
+)
+def test_method_when_none_is_named(budget: dict[str, Any], settings: list[str], method: str) -> None:
+    """Below 4 bits the refined recipe; who names a solver gets that solver alone."""
+    assert resolve(**budget, settings=settings) == resolve(method, **budget, settings=settings)
+    assert resolve(**budget, settings=settings).method == method
+
+
+def test_file_without_a_method(tmp_path: Path) -> None:
+    assert resolve(file=written(tmp_path, "bits: 2\n")).method == "refined"
+    assert resolve(file=written(tmp_path, "bits: 2\nsolver: gptq\n")).method == "gptq"
+    assert resolve(file=written(tmp_path, "bits: 2\n"), bits=8).method == "gptq"
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     """Method defaults, then the file, then the arguments, then --set."""
     file = written(tmp_path, "method: slim\nbits: 5\ngroup_size: 64\ngrid: mse\ndamping: 0.5\n")

@@ -48,7 +48,8 @@ _LEAST_ROW_BLOCK = 16  # less costs time: every block is a pass over all columns
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoAConfig:
-    damping: float = 0.01  # of both factors, as a fraction of their mean diagonal
+    damping: float = 0.01  # of C, as a fraction of its mean diagonal
+    row_damping: float = 0.01  # of R, likewise: the larger, the closer to GPTQ
     act_order: ActOrder = "none"  # order of the columns by diag(C)
     row_order: bool = True  # rows of a head by descending diag(R)
     row_block: int | None = None  # rows of a head whose grids are fitted together; None: a quarter of them, at least 16
@@ -99,7 +100,7 @@ def boa(
         grid_fit: one of `quantkit.algorithms.grids.GRIDS`.
 
     Returns:
-        The codes, the loss under the damped factors, and the largest damping that a factor needed.
+        The codes, the loss under the damped factors, and the damping that C needed (R's, where that had to be raised).
 
     Raises:
         NumericalError: NaN or Inf in the weight or a factor. NotPositiveDefiniteError: no damping helped.
@@ -115,8 +116,8 @@ def boa(
     order = [column_order(part.diagonal(), W.shape[2] // len(bits), config.act_order) for part in C]
     rows = _row_order(R, config.row_order)
     columns = [damped_inverse_factor(part[o][:, o], config.damping) for part, o in zip(C, order, strict=True)]
-    factors = [damped_inverse_factor(part, config.damping) for part in _permute_both(R, rows)]
-    damping = max(fraction for _, fraction in columns + factors)
+    factors = [damped_inverse_factor(part, config.row_damping) for part in _permute_both(R, rows)]
+    damping, row_damping = (max(fraction for _, fraction in part) for part in (columns, factors))
     problem = _Problem(
         U=torch.stack([factor for factor, _ in columns]),
         V=torch.stack([factor for factor, _ in factors]),
@@ -134,8 +135,8 @@ def boa(
         codes=codes.to(torch.uint8), scales=scales.float(), zeros=zeros.float(), bits=bits, symmetric=symmetric
     )
     error = W - quantized.dequantize().to(W).reshape(W.shape)
-    loss = kronecker_loss(error, torch.stack([damped(part, damping) for part in C]), damped_rows(R, damping))
-    return Solution(quantized, loss, damping)
+    loss = kronecker_loss(error, torch.stack([damped(part, damping) for part in C]), damped_rows(R, row_damping))
+    return Solution(quantized, loss, max(damping, row_damping) if row_damping > config.row_damping else damping)
 
 
 def _gptq(

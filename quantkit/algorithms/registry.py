@@ -45,13 +45,19 @@ METHODS: dict[str, Method] = {
         title="BoA",
         paper="arXiv:2406.13474",
         summary="GPTQ that rounds query, key and value weights for the attention's output, across rows of a head too.",
-        defaults={"solver": "boa"},
+        defaults={"solver": "boa", "damping": 0.1},
     ),
     "turboboa": Method(
         title="TurboBoA",
         paper="arXiv:2602.04929",
         summary="BoA with rows taken together, aimed at the float model's outputs, and refined afterwards.",
         defaults={"solver": "boa", "joint_rows": True, "correction": 0.25, "refine": 1},
+    ),
+    "refined": Method(
+        title="Refined GPTQ",
+        paper="-",
+        summary="GPTQ aimed half way at the float model's outputs, stage by stage, refined: the default below 4 bits.",
+        defaults={"damping": 0.1, "act_order": "group", "correction": 0.5, "refine": 2, "sequential": True},
     ),
     "layerwise": Method(
         title="Layer-wise beyond integer bits",

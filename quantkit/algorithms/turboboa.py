@@ -27,7 +27,13 @@ _ROWS = 16  # rows of a head that descend together
 
 
 def refine_heads(
-    weight: Tensor, hessian: Tensor, row_hessian: Tensor | None, quantized: GroupedInt, rounds: int, damping: float
+    weight: Tensor,
+    hessian: Tensor,
+    row_hessian: Tensor | None,
+    quantized: GroupedInt,
+    rounds: int,
+    damping: float,
+    row_damping: float,
 ) -> GroupedInt:
     """Improve codes and scales; zeros and widths stay.
 
@@ -36,7 +42,7 @@ def refine_heads(
         hessian: same dtype, ``[in_features, in_features]``, or one per head ``[heads, in_features, in_features]``.
         row_hessian: same dtype, ``[heads, head_dim, head_dim]``; None: rows are independent.
         rounds: of scales, then codes; 0 returns the input.
-        damping: of both factors, as a fraction of their mean diagonal.
+        damping, row_damping: of the two factors, as a fraction of their mean diagonal.
 
     Returns:
         A weight whose objective under the damped factors is, head by head, at most the input's.
@@ -46,7 +52,7 @@ def refine_heads(
     heads = len(row_hessian)
     W, C = live_columns(weight, hessian, heads)
     C = torch.stack([damped(part, damping) for part in C])
-    R = damped_rows(live_rows(row_hessian), damping)
+    R = damped_rows(live_rows(row_hessian), row_damping)
     for _ in range(rounds):
         quantized = _descend(W, C, R, _refit_rows(W, C, R, quantized))
     return quantized

@@ -104,6 +104,7 @@ def _solve_heads(
     """Queries, keys and values each by their own Hessian, whether they share a linear or not."""
     config = BoAConfig(
         damping=recipe.damping,
+        row_damping=recipe.row_damping,
         act_order=recipe.act_order,  # type: ignore[arg-type]
         row_order=recipe.row_order,
         joint_rows=recipe.joint_rows,
@@ -118,7 +119,9 @@ def _solve_heads(
         own, R = weight[rows], part.row_factors
         solution = boa(own, columns, R, bits, recipe.symmetric, GRIDS[recipe.grid_name], config)
         damping = max(damping, solution.damping)
-        solved = refine_heads(own, columns, R, solution.weight, recipe.refine, max(recipe.damping, solution.damping))
+        raised = solution.damping if solution.damping > recipe.damping else 0.0
+        column_damping, row_damping = max(recipe.damping, raised), max(recipe.row_damping, raised)
+        solved = refine_heads(own, columns, R, solution.weight, recipe.refine, column_damping, row_damping)
         codes[rows], scales[rows], zeros[rows] = solved.codes, solved.scales, solved.zeros
     return GroupedInt(codes=codes, scales=scales, zeros=zeros, bits=bits, symmetric=recipe.symmetric), damping
 

@@ -49,7 +49,9 @@ def solve(
     grid: str = "minmax",
     **config: Any,
 ) -> Solution:
-    return boa(weight, hessian, rows, bits, False, GRIDS[grid], BoAConfig(damping=DAMPING, **config))
+    return boa(
+        weight, hessian, rows, bits, False, GRIDS[grid], BoAConfig(damping=DAMPING, row_damping=DAMPING, **config)
+    )
 
 
 def same_codes(a: Solution, b: Solution) -> bool:
@@ -328,10 +330,12 @@ def test_refinement_raises_no_head(head_dim: int, n_groups: int, seed: int) -> N
     weight, hessian, rows = problem(2, head_dim, 12 * n_groups, seed)
     start = solve(weight, hessian, rows, (2,) * n_groups).weight
     C, R = damped(hessian, DAMPING), damped_rows(rows, DAMPING)
-    losses = [head_losses(weight, C, R, refine_heads(weight, hessian, rows, start, k, DAMPING)) for k in (0, 1, 2, 3)]
+    losses = [
+        head_losses(weight, C, R, refine_heads(weight, hessian, rows, start, k, DAMPING, DAMPING)) for k in (0, 1, 2, 3)
+    ]
     for before, after in itertools.pairwise(losses):
         assert (after <= before * (1 + 1e-9)).all()
-    codes = refine_heads(weight, hessian, rows, start, 2, DAMPING).codes
+    codes = refine_heads(weight, hessian, rows, start, 2, DAMPING, DAMPING).codes
     assert int(codes.max()) <= 3
 
 
@@ -339,11 +343,11 @@ def test_refinement_of_heads_with_inputs_of_their_own() -> None:
     weight, _, rows = problem(3, 18, 20)
     hessians = torch.stack([positive(20, seed=10 + head) for head in range(3)])
     start = solve(weight, hessians, rows, (2, 2)).weight
-    together = refine_heads(weight, hessians, rows, start, 2, DAMPING)
+    together = refine_heads(weight, hessians, rows, start, 2, DAMPING, DAMPING)
     for head, (own, hessian) in enumerate(zip(weight.chunk(3), hessians, strict=True)):
         mine = slice(18 * head, 18 * (head + 1))
         first = replace(start, codes=start.codes[mine], scales=start.scales[mine], zeros=start.zeros[mine])
-        alone = refine_heads(own, hessian, rows[head : head + 1], first, 2, DAMPING)
+        alone = refine_heads(own, hessian, rows[head : head + 1], first, 2, DAMPING, DAMPING)
         assert torch.equal(together.codes[mine], alone.codes)
         assert torch.equal(together.scales[mine], alone.scales)
 
@@ -351,7 +355,7 @@ def test_refinement_of_heads_with_inputs_of_their_own() -> None:
 def test_refinement_pays() -> None:
     weight, hessian, rows = problem(3, 16, 64)
     start = solve(weight, hessian, rows, (2,))
-    better = refine_heads(weight, hessian, rows, start.weight, 2, DAMPING)
+    better = refine_heads(weight, hessian, rows, start.weight, 2, DAMPING, DAMPING)
     C, R = damped(hessian, DAMPING), damped_rows(rows, DAMPING)
     assert (head_losses(weight, C, R, better) < 0.9 * head_losses(weight, C, R, start.weight)).all()
 
@@ -363,7 +367,7 @@ def test_refinement_without_coupling_is_plain() -> None:
     identity = torch.eye(20, dtype=torch.float64).expand(2, 20, 20)
     per_head = torch.stack((hessian, hessian))
     for columns, rows in ((hessian, None), (hessian, identity), (per_head, None), (per_head, identity)):
-        found = refine_heads(weight, columns, rows, start, 2, DAMPING)
+        found = refine_heads(weight, columns, rows, start, 2, DAMPING, DAMPING)
         assert torch.equal(found.codes, expected.codes)
         assert torch.equal(found.scales, expected.scales)
 
@@ -372,7 +376,7 @@ def test_refined_code_is_the_best_given_the_others() -> None:
     """One head, one row: coordinate descent ends where no single code can move to advantage."""
     weight, hessian, rows = problem(1, 3, 10)
     start = solve(weight, hessian, rows, (2,)).weight
-    end = refine_heads(weight, hessian, rows, start, 30, DAMPING)
+    end = refine_heads(weight, hessian, rows, start, 30, DAMPING, DAMPING)
     C, R = damped(hessian, DAMPING), damped_rows(rows, DAMPING)
     least = float(head_losses(weight, C, R, end))
     for row, column in itertools.product(range(3), range(10)):
