@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from quantkit.formats.checkpoint import find_tensors, has_tripwire, read_tensor, write_checksums, write_tensors
 from quantkit.formats.files import read_json, write_json
-from quantkit.formats.grouped_int import GroupedInt, pack, symmetric_zero
+from quantkit.formats.grouped_int import GroupedInt, symmetric_zero
+from quantkit.formats.spec import QuantizedWeight
+from quantkit.formats.storage import pack
 
 _NOT_LINEAR = re.compile(r"norm|embed|(mlp|moe)\.gate\.weight$|rotary")
 
@@ -63,6 +66,7 @@ def pack_folder(
     head: bool = False,
     rename: tuple[tuple[str, str], ...] = (),
     only: str = "",
+    quantize: Callable[[Tensor], QuantizedWeight] | None = None,
 ) -> PackedFolders:
     """Pack every block linear of a saved model.
 
@@ -75,6 +79,7 @@ def pack_folder(
         head: pack ``lm_head`` too.
         rename: regular expressions from tensor prefix to runtime name, where the two differ.
         only: a regular expression that the names of packed tensors match.
+        quantize: instead of rounding to nearest with the settings above.
     """
     packed_tensors: dict[str, Tensor] = {}
     dense_tensors: dict[str, Tensor] = {}
@@ -89,7 +94,8 @@ def pack_folder(
         for pattern, replacement in rename:
             runtime_name = re.sub(pattern, replacement, runtime_name)
         n_groups = tensor.shape[1] // group_size
-        rounded = round_to_nearest(tensor, tuple(bits[g % len(bits)] for g in range(n_groups)), symmetric=symmetric)
+        widths = tuple(bits[g % len(bits)] for g in range(n_groups))
+        rounded = quantize(tensor) if quantize else round_to_nearest(tensor, widths, symmetric=symmetric)
         packed_tensors |= {f"{prefix}.{key}": value for key, value in pack(rounded).items()}
         if has_tripwire(runtime_name):
             packed_tensors[name] = torch.empty(0, dtype=torch.float16)

@@ -40,14 +40,13 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     modules = [
         {
             "name": module.name,
-            "format": module.spec.to_json()["format"],
+            "format": module.spec.format,
             "shape": [module.spec.out_features, module.spec.in_features],
-            "group_size": module.spec.group_size,
-            "segments": [list(segment) for segment in module.spec.segments],
             "bytes": module.spec.n_bytes,
             "bpw": module.spec.bpw,
             "relative_error": errors.get(module.name),
         }
+        | {key: value for key, value in module.spec.to_json().items() if key not in ("out_features", "in_features")}
         for module in sorted(checkpoint.modules.values(), key=lambda module: _natural(module.name))
     ]
     n_weights = sum(module.spec.n_weights for module in checkpoint.modules.values())
@@ -99,8 +98,8 @@ def _show(described: dict[str, Any]) -> None:
             module["name"],
             module["format"],
             " x ".join(str(length) for length in module["shape"]),
-            _bits(module["segments"]),
-            str(module["group_size"]),
+            _bits(module),
+            str(module.get("group_size", "")),
             f"{module['bytes']:,}",
             f"{module['bpw']:.3f}",
             "" if error is None else f"{error:.4f}",
@@ -117,8 +116,14 @@ def _show(described: dict[str, Any]) -> None:
     print_pairs(screen, rows)
 
 
-def _bits(segments: list[list[int]]) -> str:
-    """One width alone, several with their numbers of groups: ``2 (3 groups) + 4 (3 groups)``."""
+def _bits(module: dict[str, Any]) -> str:
+    """One width alone, several with their numbers of groups: ``2 (3 groups) + 4 (3 groups)``; or ranks."""
+    if module["format"] == "sign_factors":
+        return " + ".join(f"rank {rank}" for rank in module["ranks"])
+    if module["format"] == "sign_salient":
+        salient = module["salient"]
+        return "1" if salient is None else f"1 + {_bits(salient)} in {salient['in_features']} columns"
+    segments = module["segments"]
     if len(segments) == 1:
         return str(segments[0][0])
     return " + ".join(f"{bits} ({count} group{'s' if count > 1 else ''})" for bits, count in segments)

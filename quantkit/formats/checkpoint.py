@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import FileError
-from quantkit.formats import grouped_int
+from quantkit.formats import storage
 from quantkit.formats.files import read_json, write_json
-from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.safetensors_io import (
     TensorRef,
     find_tensors,
@@ -34,6 +32,7 @@ from quantkit.formats.safetensors_io import (
     write_model,
     write_tensors,
 )
+from quantkit.formats.spec import Spec
 
 __all__ = [
     "FORMAT_VERSION",
@@ -60,7 +59,6 @@ FORMAT_VERSION = 1
 TRIPWIRE = "weight"
 CHECKSUMS_FILE = "checksums.json"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_SPECS: dict[str, Callable[[dict[str, Any]], GroupedIntSpec]] = {grouped_int.NAME: GroupedIntSpec.from_json}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class PackedModule:
 
     name: str  # as the model calls it at run time
     prefix: str  # as the files call its tensors
-    spec: GroupedIntSpec
+    spec: Spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +149,8 @@ def _parse_module(name: str, entry: Any) -> PackedModule:
     prefix, spec = entry["prefix"], entry["spec"]
     if not isinstance(prefix, str) or not prefix or not isinstance(spec, dict):
         raise FileError(f"{where}: prefix must be a name and spec an object")
-    kind = spec.get("format")
-    if kind not in _SPECS:
-        raise FileError(f"{where}: unknown storage format {kind!r}; known: {', '.join(_SPECS)}; update quantkit")
     try:
-        return PackedModule(name, prefix, _SPECS[kind](spec))
+        return PackedModule(name, prefix, storage.spec_from_json(spec))
     except FileError as error:
         raise FileError(f"{where}: {error}") from None
     except (TypeError, ValueError) as error:
@@ -195,27 +190,10 @@ def _check_tensor(ref: TensorRef, dtype: torch.dtype, shape: tuple[int, ...]) ->
         raise FileError(f"{ref.path}: tensor {ref.name} is {found}, its module description requires {required}")
 
 
-def check_values(name: str, spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> None:
-    """Refuse stored values that no writer produces; reads scales, zeros and last bytes only, not the codes.
-
-    Raises:
-        FileError: a scale that is NaN, infinite or negative, a zero that is NaN or infinite, set padding bits, or a
-            ``group_order`` that is not a permutation.
-    """
-    scales = tensors["scales"]
-    if not bool(torch.isfinite(scales).all()) or bool((scales < 0).any()):
-        raise FileError(f"{name}: scales holds NaN, Inf or negative numbers; the file is damaged")
-    if "zeros_1b" in tensors and not bool(torch.isfinite(tensors["zeros_1b"]).all()):
-        raise FileError(f"{name}: zeros_1b holds NaN or Inf; the file is damaged")
-    for bits, count in spec.segments:
-        n_codes = {f"codes_{bits}b": count * spec.group_size, f"zeros_{bits}b": spec.out_features * count}
-        for key, n in n_codes.items():
-            used = n * bits % 8  # of the last byte; 0: all of it
-            stream = tensors.get(key)
-            if used and stream is not None and stream.dtype == torch.uint8 and bool((stream[..., -1] >> used).any()):
-                raise FileError(f"{name}: {key} has bits set beyond its last code; the file is damaged")
+def check_values(name: str, spec: Spec, tensors: dict[str, Tensor]) -> None:
+    """Refuse stored values that no writer of the format produces. Raises `FileError` with the module's name."""
     try:
-        grouped_int.group_order(spec, tensors)
+        storage.check(spec, tensors)
     except FileError as error:
         raise FileError(f"{name}: {error}") from None
 

@@ -20,14 +20,14 @@ A symmetric weight stores no zeros: they are ``2 ** (bits - 1)``, and 1/2 for on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import FileError, RequestError
 from quantkit.formats.packing import pack_bits, packed_size, unpack_bits
+from quantkit.formats.spec import Layout, Spec, refuse_nonfinite, refuse_padding_bits, refuse_unknown_fields
 
 NAME = "grouped_int"
 
@@ -38,9 +38,10 @@ def symmetric_zero(bits: int) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupedIntSpec:
-    """Everything a reader must know to allocate and decode a module; lives in ``config.json``."""
+class GroupedIntSpec(Spec):
+    """Widths of the column groups, in stored order."""
 
+    format: ClassVar[str] = NAME
     out_features: int
     in_features: int
     group_size: int
@@ -64,13 +65,8 @@ class GroupedIntSpec:
     def n_groups(self) -> int:
         return self.in_features // self.group_size
 
-    @property
-    def n_weights(self) -> int:
-        return self.out_features * self.in_features
-
-    def tensor_layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name to (dtype, shape) of every stored tensor, in the order in which they are written."""
-        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    def tensor_layout(self) -> Layout:
+        layout: Layout = {}
         for bits, count in self.segments:
             row = packed_size(count * self.group_size, bits)
             layout[f"codes_{bits}b"] = (torch.uint8, (self.out_features, row))
@@ -86,15 +82,9 @@ class GroupedIntSpec:
             layout["group_order"] = (torch.int16, (self.n_groups,))
         return layout
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all stored tensors: what the module costs on disk and in memory."""
-        return sum(dtype.itemsize * prod(shape) for dtype, shape in self.tensor_layout().values())
-
-    @property
-    def bpw(self) -> float:
-        """Stored bits per weight: codes, scales, zeros and group order."""
-        return 8 * self.n_bytes / self.n_weights
+    def describe(self) -> str:
+        segments = ", ".join(f"{count}x{bits}b" for bits, count in self.segments)
+        return f"groups={segments}, group_size={self.group_size}"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -109,10 +99,8 @@ class GroupedIntSpec:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> GroupedIntSpec:
         """Inverse of `to_json`. Unknown or missing fields raise `FileError` by name."""
-        known = {"format", "out_features", "in_features", "group_size", "segments", "symmetric"}
-        if set(fields) != known:
-            wrong = sorted(set(fields) ^ known)
-            raise FileError(f"grouped_int: unknown or missing fields {wrong} in a module description")
+        known = ("format", "out_features", "in_features", "group_size", "segments", "symmetric")
+        refuse_unknown_fields(NAME, fields, known)
         segments = tuple((int(bits), int(count)) for bits, count in fields["segments"])
         return cls(
             out_features=fields["out_features"],
@@ -212,6 +200,24 @@ def unpack(spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> GroupedInt:
         bits=tuple(widths[position] for position in inverse.tolist()),
         symmetric=spec.symmetric,
     )
+
+
+def check(spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> None:
+    """Refuse stored values that no writer produces; reads scales, zeros and last bytes only, not the codes.
+
+    Raises:
+        FileError: a scale that is NaN, infinite or negative, a zero that is NaN or infinite, set padding bits, or a
+            ``group_order`` that is not a permutation.
+    """
+    scales = tensors["scales"]
+    if not bool(torch.isfinite(scales).all()) or bool((scales < 0).any()):
+        raise FileError("scales holds NaN, Inf or negative numbers; the file is damaged")
+    refuse_nonfinite(tensors, ["zeros_1b"])
+    for bits, count in spec.segments:
+        refuse_padding_bits(tensors, f"codes_{bits}b", count * spec.group_size, bits)
+        if f"zeros_{bits}b" in tensors and bits > 1:
+            refuse_padding_bits(tensors, f"zeros_{bits}b", spec.out_features * count, bits)
+    group_order(spec, tensors)
 
 
 def group_order(spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from quantkit.calib.sources import source_name
-from quantkit.formats.grouped_int import GroupedIntSpec
+from quantkit.formats.storage import spec_from_json
 from quantkit.pipeline.journal import Journal, refuse_existing
 from quantkit.pipeline.output import assemble
 from quantkit.pipeline.plan import Plan, check_room, make_plan, measure_room
@@ -98,7 +98,7 @@ def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeR
         walk.run()
         size = assemble(skeleton, journal, request, calibration)
     modules = [item for block in journal.finished for item in block.modules.items()]
-    specs = [GroupedIntSpec.from_json(entry["spec"]) for _, entry in modules]
+    specs = [spec_from_json(entry["spec"]) for _, entry in modules]
     return QuantizeResult(
         output=request.output,
         method=request.recipe.method,

@@ -13,8 +13,8 @@ from quantkit.calib.datasets import Calibration
 from quantkit.errors import FileError
 from quantkit.formats.checkpoint import FORMAT_VERSION, QUANT_METHOD, write_checksums, write_model
 from quantkit.formats.files import read_json, write_json
-from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.safetensors_io import TensorRef, read_header
+from quantkit.formats.storage import spec_from_json
 from quantkit.models.skeleton import Skeleton
 from quantkit.pipeline.allocate import FILE as ALLOCATION
 from quantkit.pipeline.journal import Journal, refuse_existing
@@ -85,7 +85,7 @@ def _tensor_refs(skeleton: Skeleton, journal: Journal, modules: dict[str, dict[s
 def _quantization_config(
     request: QuantizeRequest, calibration: Calibration | None, modules: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    specs = [GroupedIntSpec.from_json(entry["spec"]) for entry in modules.values()]
+    specs = [spec_from_json(entry["spec"]) for entry in modules.values()]
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -101,7 +101,7 @@ def _quantization_config(
 def _report(modules: dict[str, dict[str, Any]], bpw: float) -> dict[str, Any]:
     rows = []
     for name, entry in modules.items():
-        spec = GroupedIntSpec.from_json(entry["spec"])
+        spec = spec_from_json(entry["spec"])
         measured = {key: entry[key] for key in ("relative_error", "damping") if key in entry}
         rows.append(
             {"name": name, "format": entry["spec"]["format"], "bpw": spec.bpw, "bytes": spec.n_bytes} | measured

@@ -14,6 +14,7 @@ import torch
 
 from quantkit.errors import FileError, QuantkitError, RequestError
 from quantkit.formats.grouped_int import GroupedIntSpec, check_group_size
+from quantkit.formats.spec import Spec
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear
 from quantkit.pipeline.allocate import needs_activations
@@ -33,7 +34,7 @@ class Plan:
     With an allocator over blocks or linears, each module stands with its highest width, and the sum with the budget.
     """
 
-    modules: tuple[tuple[str, GroupedIntSpec], ...]
+    modules: tuple[tuple[str, Spec], ...]
     skipped: tuple[tuple[str, str], ...]
     n_blocks: int
     bpw: float
@@ -51,7 +52,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         modules = [
-            {"name": name, "shape": [spec.out_features, spec.in_features], "bits": spec.segments[-1][0]}
+            {"name": name, "shape": [spec.out_features, spec.in_features]}
+            | ({"bits": spec.segments[-1][0]} if isinstance(spec, GroupedIntSpec) else {"format": spec.format})
             | {"bpw": spec.bpw, "bytes": spec.n_bytes}
             for name, spec in self.modules
         ]
@@ -102,7 +104,7 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
     )
 
 
-def _planned_spec(linear: Linear, recipe: Recipe, budget: Budget | None) -> GroupedIntSpec:
+def _planned_spec(linear: Linear, recipe: Recipe, budget: Budget | None) -> Spec:
     if budget:
         return spec_at(linear, recipe, budget.hi)
     group_size = check_group_size(linear.in_features, recipe.group_size, linear.name)

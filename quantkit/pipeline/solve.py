@@ -21,6 +21,7 @@ from quantkit.calib.attention import HeadFactors
 from quantkit.calib.statistics import InputStatistics
 from quantkit.errors import QuantkitError
 from quantkit.formats.grouped_int import GroupedInt
+from quantkit.formats.spec import QuantizedWeight
 from quantkit.models.structure import Linear
 from quantkit.recipe import Recipe
 
@@ -33,7 +34,7 @@ class Solved(NamedTuple):
     T is the weight, or what a correction aims at instead.
     """
 
-    weight: GroupedInt
+    weight: QuantizedWeight  # of any storage format
     relative_error: float
     damping: float
 

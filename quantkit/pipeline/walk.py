@@ -17,8 +17,8 @@ from quantkit.calib.datasets import Calibration
 from quantkit.calib.hidden_states import BlockCalls, HiddenStates, capture_block_inputs
 from quantkit.calib.statistics import StatisticsRecorder, inputs_of
 from quantkit.formats.checkpoint import TRIPWIRE, has_tripwire
-from quantkit.formats.grouped_int import NAME, GroupedIntSpec, pack, unpack
 from quantkit.formats.safetensors_io import read_header, read_tensor
+from quantkit.formats.storage import pack, spec_from_json, unpack
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear
 from quantkit.pipeline.allocate import Allocator, ScoredBlock, needs_activations
@@ -134,7 +134,7 @@ class Walk:
         self._advance_float(index, module)
         refs = read_header(self.journal.block_path(index))
         for linear in block.linears:
-            spec = GroupedIntSpec.from_json(self.journal.finished[index].modules[linear.name]["spec"])
+            spec = spec_from_json(self.journal.finished[index].modules[linear.name]["spec"])
             prefix = self._prefix(linear)
             tensors = {key: read_tensor(refs[f"{prefix}.{key}"]).to(self.device) for key in spec.tensor_layout()}
             _set_weight(module, linear, unpack(spec, tensors).dequantize())
@@ -251,4 +251,5 @@ def _set_weight(module: nn.Module, linear: Linear, weight: Tensor) -> None:
 
 def module_report(name: str, entry: dict[str, Any]) -> ModuleReport:
     """What is reported of a linear, from its entry in the journal."""
-    return ModuleReport(name, NAME, GroupedIntSpec.from_json(entry["spec"]).bpw, entry["relative_error"])
+    spec = spec_from_json(entry["spec"])
+    return ModuleReport(name, spec.format, spec.bpw, entry["relative_error"])

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.formats.checkpoint import TRIPWIRE
-from quantkit.formats.grouped_int import GroupedIntSpec
-from quantkit.kernels.grouped_int import matmul
-from quantkit.kernels.planar import from_planar, is_planar, to_planar
+from quantkit.formats.spec import Spec
+from quantkit.kernels.storage import kernel_of
 
 
 class PackedLinear(nn.Module):
-    """``y = x W^T + bias`` from packed codes; the dense weight never exists.
+    """``y = x W^T + bias`` from packed bytes of any storage format; the dense weight never exists.
 
     Buffers: the stored tensors exactly as ``spec.tensor_layout()`` names, types and shapes them, and a zero-element
     ``weight``, which is the checkpoint's tripwire and tells code that peeks at ``linear.weight.dtype`` and ``.device``
@@ -36,7 +35,7 @@ class PackedLinear(nn.Module):
 
     def __init__(
         self,
-        spec: GroupedIntSpec,
+        spec: Spec,
         *,
         bias: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -45,6 +44,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.kernel = kernel_of(spec)
         self.in_features = spec.in_features
         self.out_features = spec.out_features
         self.packed_names = tuple(spec.tensor_layout())  # the buffers that hold the weight, in the present form
@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
-        return matmul(x, self.spec, self.packed_tensors(), self.bias)
+        return self.kernel.matmul(x, self.spec, self.packed_tensors(), self.bias)
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The weight's buffers in the form in which they are held."""
@@ -65,7 +65,9 @@ class PackedLinear(nn.Module):
 
     def stored_tensors(self) -> dict[str, Tensor]:
         """The tensors of ``spec.tensor_layout()``; computed when the module holds the planar form."""
-        return from_planar(self.spec, self.packed_tensors()) if self.is_planar else self.packed_tensors()
+        if not self.is_planar:
+            return self.packed_tensors()
+        return self.kernel.from_planar(self.spec, self.packed_tensors())
 
     @property
     def is_planar(self) -> bool:
@@ -73,8 +75,8 @@ class PackedLinear(nn.Module):
 
     def use_planar_form(self) -> None:
         """Hold the kernels' planar form instead of the stored tensors, where there is one."""
-        if not self.is_planar and is_planar(self.spec):
-            self._replace_buffers(to_planar(self.spec, self.packed_tensors()), persistent=False)
+        if not self.is_planar and self.kernel.is_planar(self.spec):
+            self._replace_buffers(self.kernel.to_planar(self.spec, self.packed_tensors()), persistent=False)
 
     def use_stored_form(self) -> None:
         """Hold the stored tensors again."""
@@ -96,9 +98,8 @@ class PackedLinear(nn.Module):
         self.packed_names = tuple(tensors)
 
     def extra_repr(self) -> str:
-        segments = ", ".join(f"{count}x{bits}b" for bits, count in self.spec.segments)
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, groups={segments}, group_size={self.spec.group_size}, bpw={self.spec.bpw:.3f}"
+        return f"{shape}, {self.spec.describe()}, bpw={self.spec.bpw:.3f}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Moves between devices reach every tensor; conversions (``.half()``, ``.to(dtype)``) spare the packed ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from packed_models import pack_folder
 from tiny_models import tiny_model
 
+from quantkit.formats import storage
 from quantkit.formats.checkpoint import check_values, read_header, read_tensor, write_tensors
 from quantkit.formats.grouped_int import GroupedIntSpec, unpack
+from quantkit.formats.sign_salient import SignSalientSpec
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 
@@ -62,6 +65,48 @@ def test_sizes_on_the_page() -> None:
 def test_example_runs(tmp_path: Path) -> None:
     folder = pack_folder(tiny_model("llama", tmp_path), tmp_path).packed
     exec(compile(block("python"), "docs/format.md", "exec"), {"folder": folder})
+
+
+@pytest.mark.parametrize("name", ["sign_salient", "sign_factors"])
+def test_bytes_of_the_sign_formats(name: str) -> None:
+    """The page's bytes are exactly the layout of its spec, decode to its weight, and are written again."""
+    spec = storage.spec_from_json(json.loads(block(f"json {name} spec")))
+    data: dict[str, bytes] = {}
+    for line in block(f"hex {name}").splitlines():
+        key, shown, _ = re.split(r" {3,}", line)
+        data[key] = data.get(key, b"") + bytes.fromhex(shown)
+    assert [(key, len(value)) for key, value in data.items()] == [
+        (key, dtype.itemsize * prod(shape)) for key, (dtype, shape) in spec.tensor_layout().items()
+    ]
+    tensors = {
+        key: torch.frombuffer(bytearray(data[key]), dtype=dtype).reshape(shape)
+        for key, (dtype, shape) in spec.tensor_layout().items()
+    }
+    check_values("proj", spec, tensors)
+    weight = storage.unpack(spec, tensors)
+    expected = [[float(number) for number in line.split()] for line in block(f"text {name}").splitlines()]
+    assert weight.dequantize().tolist() == expected
+    assert all(torch.equal(stored, tensors[key]) for key, stored in storage.pack(weight).items())
+    assert f"{spec.n_bytes} bytes:" in PAGE
+
+
+def test_size_of_a_sign_salient_layer_on_the_page() -> None:
+    salient = GroupedIntSpec(out_features=4096, in_features=820, group_size=820, segments=((4, 1),), symmetric=False)
+    shape = {"out_features": 4096, "in_features": 4096}
+    spec = SignSalientSpec(**shape, row_means=True, column_scales=True, salient=salient)
+    assert f"takes {spec.bpw:.3f} bits per weight" in PAGE
+
+
+@pytest.mark.parametrize("name", storage.FORMATS)
+def test_every_field_and_tensor_is_on_the_page(name: str) -> None:
+    label = "json spec" if name == "grouped_int" else f"json {name} spec"
+    spec = storage.spec_from_json(json.loads(block(label)))
+    assert f"`{name}`" in PAGE
+    for field in spec.to_json():
+        assert f"`{field}`" in PAGE
+    for tensor in spec.tensor_layout():
+        shown = re.sub(r"_\db$", "_{b}b", tensor)
+        assert f"`{shown}`" in PAGE
 
 
 def test_every_field_is_on_the_page() -> None:

@@ -1,0 +1,46 @@
+"""Every storage format's kernel by the format's name, with the form in which a device holds the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.formats import grouped_int as grouped_int_format
+from quantkit.formats import sign_factors as sign_factors_format
+from quantkit.formats import sign_salient as sign_salient_format
+from quantkit.formats.spec import Spec
+from quantkit.kernels import grouped_int, planar, sign_factors, sign_salient
+
+Tensors = dict[str, Tensor]
+
+
+def _never(spec: Any) -> bool:
+    return False
+
+
+def _same(spec: Any, tensors: Tensors) -> Tensors:
+    return dict(tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """How to compute with one format; ``to_planar`` and ``from_planar`` are exact inverses of each other."""
+
+    matmul: Callable[[Tensor, Any, Tensors, Tensor | None], Tensor]  # takes the stored tensors or the planar ones
+    is_planar: Callable[[Any], bool] = _never  # whether a spec has a planar form, which CUDA kernels read
+    to_planar: Callable[[Any, Tensors], Tensors] = _same
+    from_planar: Callable[[Any, Tensors], Tensors] = _same
+
+
+KERNELS: dict[str, Kernel] = {
+    grouped_int_format.NAME: Kernel(grouped_int.matmul, planar.is_planar, planar.to_planar, planar.from_planar),
+    sign_salient_format.NAME: Kernel(sign_salient.matmul),
+    sign_factors_format.NAME: Kernel(sign_factors.matmul),
+}
+
+
+def kernel_of(spec: Spec) -> Kernel:
+    return KERNELS[spec.format]
