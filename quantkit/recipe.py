@@ -28,8 +28,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "act_order": ("none", "group", "full"),
     "criterion": ("mse", "kl"),
     "qk_metric": ("outputs", "logits"),
+    "tokens": ("all", "text", "image"),
 }
-_OPTIONAL: dict[str, type] = {"bits": float, "bpw": float, "group_size": int, "lo": int, "hi": int}  # may be null
+_OPTIONAL: dict[str, type] = {
+    "bits": float,
+    "bpw": float,
+    "group_size": int,
+    "lo": int,
+    "hi": int,
+    "vision_bits": int,
+}  # may be null
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _LINEAR_ALLOCATORS = ("zd", "error", "random")  # those that can tell the linears of a block apart
 _BOA_SETTINGS = (
@@ -81,6 +89,11 @@ class Recipe:
     row_order: bool = field(default=True, metadata={"help": "boa: visit the rows of a head by descending importance"})
     joint_rows: bool = field(default=False, metadata={"help": "boa: rows of a block not against each other (turboboa)"})
     late_grids: bool = field(default=True, metadata={"help": "boa: scales fitted on corrected rows; false: beforehand"})
+    tokens: str = field(default="all", metadata={"help": "pictures: tokens that statistics count: all, text or image"})
+    image_weight: float = field(default=1.0, metadata={"help": "pictures: what an image token counts, a text token 1"})
+    vision_bits: int | None = field(
+        default=None, metadata={"help": "also round vision tower and projector: 8 or 4; none: they stay in 16 bits"}
+    )
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -100,6 +113,7 @@ class Recipe:
             if not 0 <= (value := getattr(self, name)) <= 100:
                 raise RequestError(f"{name} is a fraction of mean(diag(H)), 0 to 100, not {value:g}")
         self._check_combination()
+        self._check_modalities()
         self._check_boa()
         self._check_widths()
 
@@ -118,6 +132,23 @@ class Recipe:
             raise RequestError("correction changes what a compensating solver aims at; solver=rtn compensates nothing")
         if not 0 <= self.refine <= 100:
             raise RequestError(f"refine is a number of rounds, 0 to 100, not {self.refine}")
+
+    def _check_modalities(self) -> None:
+        if self.vision_bits not in (None, 4, 8):
+            raise RequestError(f"vision_bits must be 8 or 4, or none for 16 bits, not {self.vision_bits}")
+        if not 0 < self.image_weight <= 1000:
+            raise RequestError(
+                f"image_weight must be above 0 and at most 1000, not {self.image_weight:g}; "
+                "to leave image tokens out, use tokens=text"
+            )
+        if not self.weighs_tokens:
+            return
+        if self.tokens != "all" and self.image_weight != 1:
+            raise RequestError(f"image_weight weighs image tokens against text tokens; tokens={self.tokens} keeps one")
+        if not self.needs_calibration:
+            raise RequestError("tokens and image_weight choose what statistics count; this recipe gathers none")
+        if self.solver == "boa":
+            raise RequestError("solver=boa looks at whole attention maps; tokens and image_weight do not go with it")
 
     def _check_boa(self) -> None:
         if self.solver == "boa":
@@ -178,6 +209,11 @@ class Recipe:
         if self.grid != "auto":
             return self.grid
         return "hessian" if self.bits < 4 and self.solver != "rtn" else "minmax"
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Image and text tokens do not count alike, so the calibration set must hold pictures."""
+        return self.tokens != "all" or self.image_weight != 1
 
     @property
     def needs_calibration(self) -> bool:

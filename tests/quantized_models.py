@@ -53,9 +53,9 @@ def quantized_weights(folder: Path) -> dict[str, GroupedInt]:
     return {name: unpack(module.spec, checkpoint.read_module(name)) for name, module in checkpoint.modules.items()}
 
 
-def dense_model(source: Path, weights: dict[str, Tensor]) -> PreTrainedModel:
+def dense_model(source: Path, weights: dict[str, Tensor], kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """The original model in float32 with some weights replaced, loaded by transformers alone."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = kind.from_pretrained(source, dtype=torch.float32)
     for name, weight in weights.items():
         target = dense_weight(model, name)
         assert target.shape == weight.shape, name

@@ -15,7 +15,7 @@ import hashlib
 import random
 import sys
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,17 @@ class Calibration:
     n_documents: int
     fingerprint: str
     protocol: str
+
+    image_masks: None = None  # no token stands for a picture
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sample."""
+        return self.input_ids.shape[1]
+
+    def inputs(self) -> Iterator[dict[str, Tensor]]:
+        """Arguments of the model's forward for each sample, batch size 1."""
+        return ({"input_ids": row.unsqueeze(0)} for row in self.input_ids)
 
     def to_json(self) -> dict[str, Any]:
         """What a report keeps of it: everything but the ids."""

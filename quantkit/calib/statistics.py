@@ -14,24 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from quantkit.errors import RequestError
+
 
 @dataclass(slots=True)
 class InputStatistics:
     """What is known about one input: its Hessian, and optionally a sample of its rows."""
 
     in_features: int
-    n_tokens: int = 0
-    gram: Tensor | None = None  # float32 [in, in], sum of x x^T
+    n_tokens: float = 0  # the sum of the tokens' weights, where they are weighted
+    gram: Tensor | None = None  # float32 [in, in], sum of x x^T, each token by its weight
     cross_gram: Tensor | None = None  # float32 [in, in], sum of x~ x^T, x~ the same token's input in the float model
     sample: list[Tensor] = field(default_factory=list)  # float32 [<= sample_rows, in] in pieces
 
     def hessian(self) -> Tensor | None:
         """(2 / n_tokens) X^T X, float32 ``[in, in]``; None when no token arrived."""
-        return None if self.gram is None else self.gram * (2 / self.n_tokens)
+        return None if self.gram is None or not self.n_tokens else self.gram * (2 / self.n_tokens)
 
     def cross(self) -> Tensor | None:
         """(2 / n_tokens) X~^T X, float32 ``[in, in]``; None where the float model's inputs were not offered."""
-        return None if self.cross_gram is None else self.cross_gram * (2 / self.n_tokens)
+        return None if self.cross_gram is None or not self.n_tokens else self.cross_gram * (2 / self.n_tokens)
 
     def rows(self) -> Tensor:
         """The sampled rows, float32 ``[n, in]``."""
@@ -53,6 +55,7 @@ class StatisticsRecorder:
         self._seen: list[tuple[Tensor, str]] = []  # inputs of the running call; kept alive so that identity is sound
         self._statistics: dict[str, InputStatistics] = {}
         self._float_inputs: Mapping[str, Tensor] = {}
+        self._weights: Tensor | None = None
 
     def leader(self, name: str) -> str:
         """The linear under whose name the statistics of ``name`` were gathered."""
@@ -77,14 +80,16 @@ class StatisticsRecorder:
                 handle.remove()
             self._seen.clear()
 
-    def next_call(self, float_inputs: Mapping[str, Tensor] | None = None) -> None:
+    def next_call(self, float_inputs: Mapping[str, Tensor] | None = None, weights: Tensor | None = None) -> None:
         """Before each call of the block: forget which inputs were seen.
 
         Args:
             float_inputs: what the same linears receive in the float model for the same tokens; gathers `cross_gram`.
+            weights: float ``[n_tokens]``, what each token of this call counts; 0 leaves it out. None: 1 each.
         """
         self._seen.clear()
         self._float_inputs = float_inputs or {}
+        self._weights = weights
 
     def _hook(self, name: str, linear: nn.Module) -> RemovableHandle:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -103,15 +108,29 @@ class StatisticsRecorder:
         self._seen.append((inputs, name))
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         entry = self._statistics.setdefault(name, InputStatistics(rows.shape[1]))
+        rows, n_tokens = self._weighted(name, rows)
         gram = rows.t() @ rows
         entry.gram = gram if entry.gram is None else entry.gram.add_(gram)
-        entry.n_tokens += rows.shape[0]
+        entry.n_tokens += n_tokens
         if name in self._float_inputs:
-            cross = self._float_inputs[name].reshape(rows.shape).float().t() @ rows
+            float_rows, _ = self._weighted(name, self._float_inputs[name].reshape(-1, rows.shape[1]).float())
+            cross = float_rows.t() @ rows
             entry.cross_gram = cross if entry.cross_gram is None else entry.cross_gram.add_(cross)
         if self._rows_per_call:
             n = min(self._rows_per_call, rows.shape[0])
             entry.sample.append(rows[torch.arange(n, device=rows.device) * rows.shape[0] // n].cpu())
+
+    def _weighted(self, name: str, rows: Tensor) -> tuple[Tensor, float]:
+        """Rows that count, each times the root of its weight, and the sum of the weights."""
+        if self._weights is None:
+            return rows, rows.shape[0]
+        weights = self._weights.to(rows)
+        if len(weights) != len(rows):
+            raise RequestError(
+                f"{name} does not receive every token, so these cannot be told apart here; use tokens=all"
+            )
+        kept = weights > 0
+        return rows[kept] * weights[kept].sqrt().unsqueeze(1), float(weights.sum())
 
 
 @contextmanager

@@ -28,7 +28,26 @@ SeqLen = Annotated[
     int | None,
     typer.Option(metavar="L", help="Tokens of a window.", show_default="2048, or the model's limit if less"),
 ]
-Limit = Annotated[int | None, typer.Option(metavar="N", help="The first N windows of a text, documents of a task.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="The first N windows of a text, questions of a folder, documents of a task."),
+]
+Vqa = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIR", help="Questions about pictures: a folder with metadata.jsonl and the pictures. Repeatable."
+    ),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Prompt for a picture, with {image} and {question}.",
+        show_default="the model's chat template, or its BOS token, {image}, a newline, {question}",
+        rich_help_panel=ADVANCED,
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Of an answer about a picture.", rich_help_panel=ADVANCED)]
 Reference = Annotated[
     str | None,
     typer.Option(
@@ -43,7 +62,15 @@ TasksPath = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="A folder with lm-eval task files of your own.", rich_help_panel=ADVANCED),
 ]
-BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.", rich_help_panel=ADVANCED)]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Windows, documents or questions per forward pass.",
+        show_default="1; 8 questions about pictures",
+        rich_help_panel=ADVANCED,
+    ),
+]
 
 
 def evaluate(
@@ -52,20 +79,23 @@ def evaluate(
     seq_len: SeqLen = None,
     limit: Limit = None,
     reference: Reference = None,
+    vqa: Vqa = None,
     device: Device = "auto",
     as_json: Json = False,
     tasks: Tasks = None,
     tasks_path: TasksPath = None,
-    batch_size: BatchSize = 1,
+    batch_size: BatchSize = None,
+    template: Template = None,
+    max_new_tokens: MaxNewTokens = 24,
     dtype: LoadDtype = None,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity on text, the distance to a reference model, and task accuracies."""
+    """Measure perplexity on text, answers about pictures, the distance to a reference model, and task accuracies."""
     from quantkit.cli.progress import window_progress
     from quantkit.evaluation import evaluate as measure
 
     names = [name.strip() for item in tasks or () for name in item.split(",") if name.strip()]
-    texts = data or ([] if names else [default_data(model, reference)])
+    texts = data or ([] if names or vqa else [default_data(model, reference)])
     console = notes()
     with quiet_libraries(), no_bars_in_logs(), window_progress(console) as progress:
         busy(f"loading {model}" + (f" and {reference}" if reference else ""))
@@ -75,6 +105,9 @@ def evaluate(
             seq_len=seq_len,
             limit=limit,
             reference=reference,
+            vqa=vqa or (),
+            template=template,
+            max_new_tokens=max_new_tokens,
             tasks=names,
             tasks_path=tasks_path,
             device=device,
@@ -118,6 +151,16 @@ def _show(report: EvalReport) -> None:
         screen.print("", made, "")
         for result in report.perplexity.values():
             screen.print(result.protocol, soft_wrap=True)
+    if report.vqa:
+        with_kl = any(result.kl_mean is not None for result in report.vqa.values())
+        columns = ["exact match", "questions", *(["KL to reference"] if with_kl else [])]
+        made = table("pictures", *columns, numbers=tuple(columns))
+        for name, answered in report.vqa.items():
+            row = [name, f"{answered.exact_match:.4f}", str(answered.n)]
+            made.add_row(*row, *([] if answered.kl_mean is None else [f"{answered.kl_mean:.5f}"]))
+        screen.print("", made, "")
+        for answered in report.vqa.values():
+            screen.print(answered.protocol, soft_wrap=True)
     if report.tasks:
         made = table("task", "metric", "value", numbers=("value",))
         for name, metrics in report.tasks.items():

@@ -72,7 +72,8 @@ Calib = Annotated[
     str,
     _option(
         "--calib",
-        help="Calibration text: builtin (no download), wikitext2, c4, or a .txt, .jsonl or .parquet file.",
+        help="Calibration text: builtin (no download), wikitext2, c4, or a .txt, .jsonl or .parquet file; "
+        "or a folder with metadata.jsonl and pictures.",
         metavar="NAME|PATH",
         advanced=False,
     ),
@@ -97,6 +98,15 @@ Settings = Annotated[
     _option("--set", help="Any other setting, such as damping=0.05. Repeatable.", metavar="KEY=VALUE"),
 ]
 Shuffle = Annotated[bool, _option("--calib-shuffle", help="Sequences chosen at random instead of the first ones.")]
+Template = Annotated[
+    str | None,
+    _option(
+        "--template",
+        help="Prompt for a picture, with {image} and {question}.",
+        metavar="TEXT",
+        show_default="the model's chat template, or its BOS token, {image}, a newline, {question}",
+    ),
+]
 Offload = Annotated[str, _option("--offload", help="Where hidden states wait: none (on the device), cpu, disk.")]
 Dtype = Annotated[
     str,
@@ -125,6 +135,7 @@ def quantize(
     recipe_file: RecipeFile = None,
     settings: Settings = None,
     calib_shuffle: Shuffle = False,
+    template: Template = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     offload: Offload = "cpu",
@@ -146,6 +157,7 @@ def quantize(
         n_samples=n_samples,
         seq_len=seq_len,
         calib_shuffle=calib_shuffle,
+        template=template,
         seed=seed,
         device=device,
         dtype=dtype,

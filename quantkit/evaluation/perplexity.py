@@ -92,7 +92,7 @@ def evaluate_windows(
     kls: list[Tensor] = []
     agreements: list[Tensor] = []
     place = _device_of(model) if device is None else torch.device(device)
-    with torch.inference_mode(), _eval_mode(model), _eval_mode(reference):
+    with torch.inference_mode(), eval_mode(model), eval_mode(reference):
         for start in range(0, n_windows, batch_size):
             ids = windows.input_ids[start : start + batch_size]
             logits = _logits(model, ids, place)
@@ -125,7 +125,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module | None) -> Iterator[None]:
+def eval_mode(model: nn.Module | None) -> Iterator[None]:
     training = model is not None and model.training
     if model is not None:
         model.eval()
@@ -159,12 +159,12 @@ def _score_window(logits: Tensor, ids: Tensor, reference: Tensor | None) -> _Sco
         if reference is None:
             parts.append((nll,))
         else:
-            parts.append((nll, *_compare(log_q, reference[here].float().log_softmax(-1))))
+            parts.append((nll, *divergence(log_q, reference[here].float().log_softmax(-1))))
     columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
     return _Scores(columns[0], *(columns[1:] or (None, None)))
 
 
-def _compare(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+def divergence(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q) and whether both have the same most likely token, per row of [positions, vocabulary]."""
     p = log_p.exp()
     # A token that p rules out counts 0, also where its logarithm is -inf. NaN is not 0 and stays.

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantkit.calib.datasets import EvalWindows, load_evaluation
+from quantkit.calib.datasets import load_evaluation
 from quantkit.calib.sources import source_name
 from quantkit.errors import FileError, RequestError
 from quantkit.evaluation.perplexity import TextResult, evaluate_windows
 from quantkit.evaluation.tasks import evaluate_tasks
+from quantkit.evaluation.vqa import BATCH_SIZE, MAX_NEW_TOKENS, VqaResult, evaluate_vqa, read_answered
+from quantkit.models.modality import sees_images
 
 MAX_DEFAULT_SEQ_LEN = 2048  # what the papers use, where the model reaches that far
 
-TextProgress = Callable[[str, int, int], None]  # (text's name, windows done, windows in all)
+TextProgress = Callable[[str, int, int], None]  # (name of the text or folder, windows or questions done, in all)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +30,16 @@ class EvalReport:
 
     model: str
     perplexity: Mapping[str, TextResult]
+    vqa: Mapping[str, VqaResult] = field(default_factory=dict)  # by folder, as given
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """The object that ``quantkit eval --json`` prints; without tasks there is no entry for them."""
+        """The object that ``quantkit eval --json`` prints; without pictures or tasks there is no entry for them."""
         perplexity = {name: result.to_json() for name, result in self.perplexity.items()}
+        vqa = {"vqa": {name: result.to_json() for name, result in self.vqa.items()}} if self.vqa else {}
         tasks = {"tasks": {name: dict(metrics) for name, metrics in self.tasks.items()}} if self.tasks else {}
-        return {"model": self.model, "perplexity": perplexity, **tasks, "seconds": self.seconds}
+        return {"model": self.model, "perplexity": perplexity, **vqa, **tasks, "seconds": self.seconds}
 
 
 def evaluate(
@@ -45,29 +49,37 @@ def evaluate(
     seq_len: int | None = None,
     limit: int | None = None,
     reference: str | Path | nn.Module | None = None,
+    vqa: str | Path | Sequence[str | Path] = (),
+    template: str | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     tasks: Sequence[str] = (),
     tasks_path: str | Path | None = None,
     tokenizer: Any = None,
+    processor: Any = None,
     device: str = "auto",
     dtype: str | torch.dtype | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     progress: TextProgress | None = None,
 ) -> EvalReport:
     """Measure perplexity, the distance to a reference model, and task accuracies.
 
     Args:
         model: a folder (packed or not), a hub id, ``demo``, or a loaded transformers model.
-        data: texts, as in `quantkit.calib.datasets.load_evaluation`; empty to run tasks only.
+        data: texts, as in `quantkit.calib.datasets.load_evaluation`; empty for pictures or tasks only.
         seq_len: tokens of a window; None: min(2048, the model's limit).
-        limit: windows of each text, and documents of each task; None takes all.
+        limit: windows of each text, questions of each folder, documents of each task; None takes all.
         reference: the model to measure KL divergence and top-1 agreement against. It stays in memory beside `model`.
+        vqa: folders with ``metadata.jsonl`` and pictures.
+        template: how a question about a picture is put; see `quantkit.calib.pictures.Prompt`.
+        max_new_tokens: of an answer about a picture.
         tasks: names of lm-eval tasks.
         tasks_path: a folder with lm-eval task files of your own.
         tokenizer: needed with a loaded model; otherwise the model folder's own.
+        processor: needed for `vqa` with a loaded model; otherwise the model folder's own.
         device: for models that are loaded here; ``auto`` is CUDA where there is one, else the CPU.
         dtype: of activations and unpacked weights; None: float32 on a CPU, on a GPU what the model's config says.
-        batch_size: windows per forward pass.
-        progress: called after each batch of each text.
+        batch_size: per forward pass; None: one window or task document, eight questions.
+        progress: called after each batch of each text and folder.
 
     Raises:
         RequestError: nothing to do, an unknown source, two texts of one name, a window beyond the model's limit.
@@ -76,13 +88,19 @@ def evaluate(
     """
     started = time.perf_counter()
     sources = [str(source) for source in ([data] if isinstance(data, str | Path) else data)]
-    if not sources and not tasks:
-        raise RequestError("nothing to evaluate; name a text (data) or a task (tasks)")
+    folders = [str(folder) for folder in ([vqa] if isinstance(vqa, str | Path) else vqa)]
+    if not sources and not folders and not tasks:
+        raise RequestError("nothing to evaluate; name a text (data), a folder of pictures (vqa) or a task (tasks)")
     _check_names(sources)
     config = _config_of(model)
     if reference is not None:
         _check_vocabularies(config, _config_of(reference))
-    if tokenizer is None:
+    questions = {folder: read_answered(folder, limit) for folder in folders}
+    if folders and not sees_images(config):
+        raise RequestError(f"{_name_of(model)}: this model takes no pictures, so vqa cannot be measured")
+    if folders and processor is None:
+        processor = _processor_of(model)
+    if tokenizer is None and (sources or tasks):
         tokenizer = _tokenizer_of(model)
     window = _window(config, seq_len)
     vocab_size = config.get_text_config().vocab_size
@@ -92,12 +110,28 @@ def evaluate(
     other = None if reference is None else _load(reference, device, dtype)
     results = {
         text.name: evaluate_windows(
-            loaded, text, reference=other, batch_size=batch_size, progress=_named(progress, text)
+            loaded, text, reference=other, batch_size=batch_size or 1, progress=_named(progress, text.name)
         )
         for text in texts
     }
-    scores = evaluate_tasks(loaded, tokenizer, tasks, limit, tasks_path, batch_size=batch_size) if tasks else {}
-    return EvalReport(model=_name_of(model), perplexity=results, tasks=scores, seconds=time.perf_counter() - started)
+    answers = {
+        folder: evaluate_vqa(
+            loaded,
+            processor,
+            asked,
+            name=Path(folder).name,
+            reference=other,
+            template=template,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size or BATCH_SIZE,
+            progress=_named(progress, Path(folder).name),
+        )
+        for folder, asked in questions.items()
+    }
+    scores = evaluate_tasks(loaded, tokenizer, tasks, limit, tasks_path, batch_size=batch_size or 1) if tasks else {}
+    return EvalReport(
+        model=_name_of(model), perplexity=results, vqa=answers, tasks=scores, seconds=time.perf_counter() - started
+    )
 
 
 def _check_names(sources: Sequence[str]) -> None:
@@ -137,6 +171,14 @@ def _tokenizer_of(model: str | Path | nn.Module) -> Any:
     return load_tokenizer(model)
 
 
+def _processor_of(model: str | Path | nn.Module) -> Any:
+    from quantkit.runtime.loading import load_processor
+
+    if isinstance(model, nn.Module):
+        raise RequestError("a loaded model comes without its processor; pass processor=")
+    return load_processor(model)
+
+
 def _check_vocabularies(config: Any, reference: Any) -> None:
     sizes = [each.get_text_config().vocab_size for each in (config, reference)]
     if sizes[0] != sizes[1]:
@@ -168,8 +210,8 @@ def _load(model: str | Path | nn.Module, device: str, dtype: str | torch.dtype |
     return loaded
 
 
-def _named(progress: TextProgress | None, text: EvalWindows) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(text.name, done, total)
+def _named(progress: TextProgress | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)
 
 
 def _name_of(model: str | Path | nn.Module) -> str:

@@ -70,6 +70,10 @@ class Skeleton:
         self._fill(module, self.blocks[index].name, device, dtype)
         return module
 
+    def read_parameter(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """One parameter by its runtime name, whatever is loaded. Raises `NumericalError` when it holds NaN or Inf."""
+        return self._read(name, device, dtype)
+
     def release_block(self, index: int) -> None:
         """Back to the meta device, and the memory back to the system."""
         self.block_module(index).to("meta")

@@ -16,8 +16,12 @@ from typing import Any
 
 import torch
 
+from quantkit.calib.datasets import Calibration
+from quantkit.calib.pictures import PictureCalibration, holds_pictures
 from quantkit.calib.sources import source_name
 from quantkit.formats.storage import spec_from_json
+from quantkit.models.modality import sees_images
+from quantkit.models.skeleton import Skeleton
 from quantkit.pipeline.journal import Journal, refuse_existing
 from quantkit.pipeline.output import assemble
 from quantkit.pipeline.plan import Plan, check_room, make_plan, measure_room
@@ -75,10 +79,11 @@ def default_output(model: str, recipe: Recipe) -> Path:
 
 def dry_run(request: QuantizeRequest) -> Plan:
     """Check the whole request and say what it would do, without reading a weight or writing a file."""
-    if request.recipe.needs_calibration:
+    if request.recipe.needs_calibration and not holds_pictures(request.calib):
         source_name(request.calib)
     skeleton, device = open_model(request)
-    return make_plan(skeleton, request, sequence_length(skeleton, request), device)
+    plan, _ = _planned(request, skeleton, device)
+    return plan
 
 
 def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeResult:
@@ -86,15 +91,17 @@ def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeR
     began = time.perf_counter()
     refuse_existing(request.output, request.overwrite)
     skeleton, device = open_model(request)
-    seq_len = sequence_length(skeleton, request)
-    plan = make_plan(skeleton, request, seq_len, device)
+    plan, pictures = _planned(request, skeleton, device)
     check_room(plan, request.output, measure_room(request.output, device))
-    calibration = read_calibration(request, skeleton, seq_len) if request.recipe.needs_calibration else None
+    calibration = pictures or read_calibration(request, skeleton, sequence_length(skeleton, request))
+    listener = listener or Listener()
+    if isinstance(calibration, Calibration) and sees_images(skeleton.config):
+        listener.note("calibrating on text alone: what pictures need is not measured; see docs/vision.md")
     dtype = compute_dtype(request, skeleton, device)
     settings = deciding_settings(request, skeleton, calibration, device, dtype)
     with Journal(request.output, settings, overwrite=request.overwrite) as journal, _terminable(), torch.no_grad():
         resumed = len(journal.finished)
-        walk = Walk(request, skeleton, calibration, journal, listener or Listener(), device, dtype)
+        walk = Walk(request, skeleton, calibration, journal, listener, device, dtype)
         walk.run()
         size = assemble(skeleton, journal, request, calibration)
     modules = [item for block in journal.finished for item in block.modules.items()]
@@ -110,6 +117,16 @@ def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeR
         resumed_blocks=resumed,
         modules=tuple(module_report(name, entry) for name, entry in modules),
     )
+
+
+def _planned(
+    request: QuantizeRequest, skeleton: Skeleton, device: torch.device
+) -> tuple[Plan, PictureCalibration | None]:
+    """The plan. Pictures are read for it, since their processor decides how many tokens they take; text is not."""
+    seq_len = sequence_length(skeleton, request)
+    calibration = read_calibration(request, skeleton, seq_len) if holds_pictures(request.calib) else None
+    assert not isinstance(calibration, Calibration)
+    return make_plan(skeleton, request, calibration.longest if calibration else seq_len, device), calibration
 
 
 def _peak_rss() -> int:

@@ -38,6 +38,7 @@ class FinishedBlock:
     sha256: str
     seconds: float
     modules: dict[str, dict[str, Any]]  # runtime name -> {"spec": ..., "relative_error": ..., "loss": ...}
+    errors: dict[str, float]  # of the block's output, by modality; empty without pictures
 
 
 class Journal:
@@ -86,12 +87,17 @@ class Journal:
         return self.folder / f"block-{index:05d}.safetensors"
 
     def finish_block(
-        self, index: int, tensors: dict[str, Tensor], seconds: float, modules: dict[str, dict[str, Any]]
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        seconds: float,
+        modules: dict[str, dict[str, Any]],
+        errors: dict[str, float],
     ) -> None:
         """Write the block's tensors, then its line."""
         path = self.block_path(index)
         write_tensors(path, tensors)
-        block = FinishedBlock(index, path.name, _sha256(path), round(seconds, 3), modules)
+        block = FinishedBlock(index, path.name, _sha256(path), round(seconds, 3), modules, errors)
         fields = {name: getattr(block, name) for name in FinishedBlock.__slots__}
         try:
             with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit import __version__
-from quantkit.calib.datasets import Calibration
+from quantkit.calib.pictures import CalibrationSet
 from quantkit.errors import FileError
 from quantkit.formats.checkpoint import FORMAT_VERSION, QUANT_METHOD, write_checksums, write_model
 from quantkit.formats.files import read_json, write_json
@@ -24,7 +24,7 @@ _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "N
 _REPLACED = ("config.json", "model.safetensors.index.json", "recipe.json", "report.json", "checksums.json")
 
 
-def assemble(skeleton: Skeleton, journal: Journal, request: QuantizeRequest, calibration: Calibration | None) -> int:
+def assemble(skeleton: Skeleton, journal: Journal, request: QuantizeRequest, calibration: CalibrationSet | None) -> int:
     """Write the output folder and remove the work folder; returns the bytes of the safetensors tensors.
 
     Raises:
@@ -40,7 +40,8 @@ def assemble(skeleton: Skeleton, journal: Journal, request: QuantizeRequest, cal
         write_model(folder, refs, request.max_shard_bytes)
         _copy_companions(skeleton.folder, folder, request.trust_remote_code)
         write_json(folder / "recipe.json", request.recipe.to_json())
-        write_json(folder / "report.json", _report(modules, quantization["bpw"]) | _allocation(journal))
+        report = _report(modules, quantization["bpw"]) | _block_errors(skeleton, journal) | _allocation(journal)
+        write_json(folder / "report.json", report)
         card = _model_card(skeleton.folder, request, quantization["bpw"], refs)
         (folder / "README.md").write_text(card, encoding="utf-8")
         config = read_json(skeleton.folder / "config.json")
@@ -83,7 +84,7 @@ def _tensor_refs(skeleton: Skeleton, journal: Journal, modules: dict[str, dict[s
 
 
 def _quantization_config(
-    request: QuantizeRequest, calibration: Calibration | None, modules: dict[str, dict[str, Any]]
+    request: QuantizeRequest, calibration: CalibrationSet | None, modules: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     specs = [spec_from_json(entry["spec"]) for entry in modules.values()]
     return {
@@ -107,6 +108,12 @@ def _report(modules: dict[str, dict[str, Any]], bpw: float) -> dict[str, Any]:
             {"name": name, "format": entry["spec"]["format"], "bpw": spec.bpw, "bytes": spec.n_bytes} | measured
         )
     return {"bpw": bpw, "modules": rows}
+
+
+def _block_errors(skeleton: Skeleton, journal: Journal) -> dict[str, Any]:
+    """What quantizing each block does to image and to text tokens; nothing without pictures."""
+    rows = [{"name": skeleton.blocks[block.index].name, **block.errors} for block in journal.finished if block.errors]
+    return {"blocks": rows} if rows else {}
 
 
 def _allocation(journal: Journal) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from quantkit.pipeline.attend import attention_bytes
 from quantkit.pipeline.budget import Budget, budget_of, spec_at
 from quantkit.pipeline.journal import work_folder
 from quantkit.pipeline.request import QuantizeRequest
+from quantkit.pipeline.vision import rounded_linears, vision_recipe
 from quantkit.recipe import Recipe
 
 _BASE_BYTES = 540 << 20  # the interpreter with torch and transformers loaded
@@ -83,12 +84,19 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
         raise RequestError(f"{type(skeleton.model).__name__}: its blocks hold no linear layers to quantize")
     recipe = request.recipe
     budget = budget_of(linears, recipe) if recipe.mixes_widths else None
+    vision = rounded_linears(skeleton, recipe)
+    vision_modules = [(linear.name, _planned_spec(linear, vision_recipe(linear, recipe), None)) for linear in vision]
     modules = tuple((linear.name, _planned_spec(linear, recipe, budget)) for linear in linears)
     states = _hidden_bytes(skeleton, request, seq_len)
     quantized = budget.n_bytes if budget else sum(spec.n_bytes for _, spec in modules)
+    quantized += sum(spec.n_bytes for _, spec in vision_modules)
+    modules += tuple(vision_modules)
     original = sum(ref.n_bytes for ref in skeleton.tensors.values())
-    replaced = sum(skeleton.tensors[skeleton.source_name(f"{linear.name}.weight")].n_bytes for linear in linears)
-    outside = [(name, "outside the decoder blocks") for name in _other_matrices(skeleton)]
+    replaced = sum(
+        skeleton.tensors[skeleton.source_name(f"{linear.name}.weight")].n_bytes for linear in [*linears, *vision]
+    )
+    rounded = {f"{linear.name}.weight" for linear in vision}
+    outside = [(name, "outside the decoder blocks") for name in _other_matrices(skeleton) if name not in rounded]
     return Plan(
         modules=modules,
         skipped=tuple(item for block in skeleton.blocks for item in block.skipped) + tuple(outside),

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from quantkit import __version__
-from quantkit.calib.datasets import Calibration, load_calibration
+from quantkit.calib.datasets import load_calibration
+from quantkit.calib.pictures import CalibrationSet, holds_pictures, load_pictures
 from quantkit.errors import RequestError
 from quantkit.models.hub import download
+from quantkit.models.modality import sees_images
 from quantkit.models.skeleton import Skeleton
 from quantkit.pipeline.request import QuantizeRequest
-from quantkit.runtime.loading import load_tokenizer
+from quantkit.runtime.loading import load_processor, load_tokenizer
 from quantkit.runtime.loading import resolve as resolve_model
 
 
@@ -53,15 +55,45 @@ def compute_dtype(request: QuantizeRequest, skeleton: Skeleton, device: torch.de
 
 
 def sequence_length(skeleton: Skeleton, request: QuantizeRequest) -> int:
-    """Tokens per calibration sample. Raises `RequestError` for more than the model's context."""
+    """Tokens per calibration sample, with pictures at most. Raises `RequestError` beyond the model's context."""
     limit = getattr(skeleton.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2048
     if request.seq_len is not None and request.seq_len > limit:
         raise RequestError(f"seq_len {request.seq_len} exceeds the model's context of {limit} tokens")
-    return request.seq_len or min(2048, limit)
+    return request.seq_len or (limit if holds_pictures(request.calib) else min(2048, limit))
 
 
-def read_calibration(request: QuantizeRequest, skeleton: Skeleton, seq_len: int) -> Calibration:
-    """See `quantkit.calib.datasets.load_calibration`, also for the errors."""
+def read_calibration(request: QuantizeRequest, skeleton: Skeleton, seq_len: int) -> CalibrationSet | None:
+    """See `load_pictures` and `load_calibration`, also for the errors; None when the recipe needs none.
+
+    Raises:
+        RequestError: pictures for a model that takes none, or a recipe that tells image tokens apart without pictures.
+    """
+    if not request.recipe.needs_calibration:
+        return None
+    pictures = holds_pictures(request.calib)
+    if pictures and not sees_images(skeleton.config):
+        raise RequestError(
+            f"{Path(request.calib).name}: holds pictures, and {type(skeleton.model).__name__} takes text only; "
+            "pass a text file or a folder of text files"
+        )
+    if request.recipe.weighs_tokens and not pictures:
+        raise RequestError(
+            "tokens and image_weight tell image tokens from text tokens; "
+            "give --calib a folder with metadata.jsonl and pictures"
+        )
+    if request.template is not None and not pictures:
+        raise RequestError("a template says how questions about pictures are put; --calib holds no pictures")
+    if pictures:
+        return load_pictures(
+            request.calib,
+            load_processor(skeleton.folder, trust_remote_code=request.trust_remote_code),
+            skeleton.config,
+            n_samples=request.n_samples,
+            max_tokens=seq_len,
+            seed=request.seed,
+            shuffle=request.calib_shuffle,
+            template=request.template,
+        )
     return load_calibration(
         request.calib,
         load_tokenizer(skeleton.folder, trust_remote_code=request.trust_remote_code),
@@ -76,7 +108,7 @@ def read_calibration(request: QuantizeRequest, skeleton: Skeleton, seq_len: int)
 def deciding_settings(
     request: QuantizeRequest,
     skeleton: Skeleton,
-    calibration: Calibration | None,
+    calibration: CalibrationSet | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class QuantizeRequest:
     n_samples: int = 128
     seq_len: int | None = None  # tokens per sample; None: min(2048, the model's limit)
     calib_shuffle: bool = False
+    template: str | None = None  # how a question about a picture is put; None: the model's own way
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"  # of the calibration forward; auto: float32 on the CPU, the model's own on a GPU

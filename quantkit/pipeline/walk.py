@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calib.attention import HeadFactors
-from quantkit.calib.datasets import Calibration
 from quantkit.calib.hidden_states import BlockCalls, HiddenStates, capture_block_inputs
+from quantkit.calib.pictures import CalibrationSet, for_forward
 from quantkit.calib.statistics import StatisticsRecorder, inputs_of
 from quantkit.formats.checkpoint import TRIPWIRE, has_tripwire
 from quantkit.formats.safetensors_io import read_header, read_tensor
@@ -24,8 +24,10 @@ from quantkit.models.structure import Block, Linear
 from quantkit.pipeline.allocate import Allocator, ScoredBlock, needs_activations
 from quantkit.pipeline.attend import AttentionWatch
 from quantkit.pipeline.journal import Journal
+from quantkit.pipeline.modality import modality_errors, probes, token_weights
 from quantkit.pipeline.request import Listener, ModuleReport, QuantizeRequest
 from quantkit.pipeline.solve import SAMPLE_ROWS, Solved, solve_linear
+from quantkit.pipeline.vision import round_vision, solve_vision
 
 
 class Walk:
@@ -35,7 +37,7 @@ class Walk:
         self,
         request: QuantizeRequest,
         skeleton: Skeleton,
-        calibration: Calibration | None,
+        calibration: CalibrationSet | None,
         journal: Journal,
         listener: Listener,
         device: torch.device,
@@ -45,6 +47,7 @@ class Walk:
         self.skeleton, self.journal, self.listener = skeleton, journal, listener
         self.device, self.dtype = device, dtype
         self.calibration = calibration
+        self.image_masks = calibration.image_masks if calibration is not None else None
         self.seed = request.seed
         self.offload = "cpu" if device.type == "cpu" and request.offload == "none" else request.offload
         self.hidden = HiddenStates(self.offload, journal.folder)
@@ -55,14 +58,14 @@ class Walk:
 
     def run(self) -> None:
         blocks, n_finished = self.skeleton.blocks, len(self.journal.finished)
-        self.listener.started(len(blocks), n_finished)
+        self.listener.started(len(blocks) + (self.recipe.vision_bits is not None), n_finished)
         if not n_finished:
             self.skeleton.check_surroundings()
         if self.recipe.mixes_widths:
             allocator = Allocator(self.recipe, blocks, self.seed, self.listener)
             self.widths = allocator.widths(self.journal.folder, self._original_blocks())
         if self.calibration is not None and n_finished < len(blocks):
-            self._capture(self.calibration.input_ids)
+            self._capture(self.calibration)
             if self.recipe.correction:
                 self._fork_float_stream()
         for index, block in enumerate(blocks):
@@ -70,12 +73,14 @@ class Walk:
                 self._quantize_block(index, block)
             elif self.calls is not None:
                 self._replay_block(index, block)
+        if self.recipe.vision_bits is not None and n_finished <= len(blocks):
+            self._quantize_vision()
 
     def _original_blocks(self) -> Iterator[ScoredBlock]:
         """The unquantized model block by block, for an allocator to look at."""
         if needs_activations(self.recipe):
             assert self.calibration is not None
-            self._capture(self.calibration.input_ids)
+            self._capture(self.calibration)
         for index in range(len(self.skeleton.blocks)):
             module = self.skeleton.load_block(index, self.device, self.dtype)
             outcomes, forward = self._outcomes(index, module), partial(self._forward, index, module)
@@ -90,14 +95,15 @@ class Walk:
             yield self.hidden[sample], after
             self.hidden[sample] = after
 
-    def _capture(self, input_ids: Tensor) -> None:
+    def _capture(self, calibration: CalibrationSet) -> None:
         self.hidden = HiddenStates(self.offload, self.journal.folder)
         self.skeleton.load_surroundings(self.device, self.dtype)
+        round_vision(self.skeleton, self.recipe)
         modules = [self.skeleton.block_module(index) for index in range(len(self.skeleton.blocks))]
-        samples = iter(row.unsqueeze(0).to(self.device) for row in input_ids)
         model = self.skeleton.model
+        samples = (for_forward(model, inputs, self.device, self.dtype) for inputs in calibration.inputs())
         self.calls = capture_block_inputs(
-            lambda ids: model(input_ids=ids, use_cache=False), samples, modules, self.hidden
+            lambda inputs: model(**inputs, use_cache=False), samples, modules, self.hidden
         )
         self.skeleton.release_surroundings()
 
@@ -112,6 +118,7 @@ class Walk:
         self.listener.block_started(index, len(block.linears))
         module = self.skeleton.load_block(index, self.device, self.dtype)
         float_module = copy.deepcopy(module) if self.float_hidden is not None else None
+        before = self._probe(index, module)
         tensors: dict[str, Tensor] = {}
         entries: dict[str, dict[str, Any]] = {}
         for stage in self._stages(index, block, module):
@@ -120,13 +127,42 @@ class Walk:
                 solved = self._solve(linear, module, recorder)
                 self._store(linear, solved, tensors, entries)
                 _set_weight(module, linear, solved.weight.dequantize())
+        errors = self._modality_errors(before, self._probe(index, module))
         if index + 1 < len(self.skeleton.blocks):
             self._advance(index, module)
             self._advance_float(index, float_module)
         self.skeleton.release_block(index)
         seconds = time.perf_counter() - began
-        self.journal.finish_block(index, tensors, seconds, entries)
+        self.journal.finish_block(index, tensors, seconds, entries, errors)
         self.listener.block_done(index, seconds)
+
+    def _quantize_vision(self) -> None:
+        """The last entry of the journal: it needs no statistics, and nothing comes after it."""
+        index, began = len(self.skeleton.blocks), time.perf_counter()
+        self.listener.block_started(index, 0)
+        tensors: dict[str, Tensor] = {}
+        entries: dict[str, dict[str, Any]] = {}
+        for linear, solved in solve_vision(self.skeleton, self.recipe, self.device, self.dtype):
+            self._store(linear, solved, tensors, entries)
+        seconds = time.perf_counter() - began
+        self.journal.finish_block(index, tensors, seconds, entries, {})
+        self.listener.block_done(index, seconds)
+
+    def _probe(self, index: int, module: nn.Module) -> list[Tensor]:
+        """The block's outputs on a few samples, where image and text tokens are told apart."""
+        samples = probes(self.image_masks) if self.calls is not None else []
+        return [self._call(index, module, sample) for sample in samples]
+
+    def _modality_errors(self, before: list[Tensor], after: list[Tensor]) -> dict[str, float]:
+        if self.image_masks is None:
+            return {}
+        return modality_errors(before, after, [self.image_masks[sample] for sample in probes(self.image_masks)])
+
+    def _weights(self, sample: int) -> Tensor | None:
+        """What each token counts; None: all alike."""
+        if self.image_masks is None or not self.recipe.weighs_tokens:
+            return None
+        return token_weights(self.recipe, self.image_masks[sample])
 
     def _replay_block(self, index: int, block: Block) -> None:
         """A finished block, run again from its packed tensors: the same bytes give the same hidden states."""
@@ -172,7 +208,7 @@ class Walk:
         watch = AttentionWatch(self.skeleton.blocks[index].name, module, paths, self.recipe, self.listener.note)
         with recorder.recording(), watch.recording():
             for sample in range(len(self.hidden)):
-                recorder.next_call(self._float_inputs(index, float_module, stage, sample))
+                recorder.next_call(self._float_inputs(index, float_module, stage, sample), self._weights(sample))
                 self._call(index, module, sample)
         self.heads = watch.factors()
         return recorder

@@ -14,15 +14,18 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 import quantkit.runtime.hf  # noqa: F401 - registers the quantizer with transformers
 from quantkit.errors import FileError, RequestError
 from quantkit.formats.checkpoint import QUANT_METHOD, find_tensors, open_folder, verify_checksums
 from quantkit.formats.files import read_json
+from quantkit.models.modality import sees_images
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
@@ -62,7 +65,7 @@ def load(
         raise RequestError(f"verify needs a local folder, {source} is a hub id; download it first")
     options = dict(kwargs, trust_remote_code=trust_remote_code)
     config = _read_config(source, options)
-    model_class = AutoModelForImageTextToText if _sees_images(config) else AutoModelForCausalLM
+    model_class = AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
     options |= _placement(device, kwargs)
     options["dtype"] = _parse_dtype(dtype)
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -87,6 +90,22 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise FileError(f"{source}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> ProcessorMixin:
+    """The processor of a vision-language model: its tokenizer and its image processor.
+
+    Raises:
+        FileError: there is none, or a package that it needs is missing.
+    """
+    source = resolve(path)
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise FileError(f"{source}: the processor cannot be loaded: {_first_line(error)}") from error
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise FileError(f"{source}: no processor for pictures (processor_config.json or preprocessor_config.json)")
+    return processor
 
 
 def resolve(path: str | Path) -> Path | str:
@@ -164,10 +183,6 @@ def _check_complete(source: Path | str, info: dict[str, Any]) -> None:
         raise FileError(
             f"{source}: tensor {name} is {list(found)} in the files, {list(required)} in the model of config.json"
         )
-
-
-def _sees_images(config: Any) -> bool:
-    return getattr(config, "vision_config", None) is not None
 
 
 def _placement(device: str | torch.device | None, kwargs: dict[str, Any]) -> dict[str, Any]:

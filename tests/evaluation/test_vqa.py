@@ -1,0 +1,121 @@
+"""Questions about pictures: the same answers as one by one through transformers, and the distance by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_runs import invoke as run
+from tiny_models import tiny_model
+from tiny_vision import build_vision, picture_folder, picture_run, tiny_processor, tiny_vision_model, write_metadata
+
+from quantkit.calib.pictures import Prompt, encode, for_forward
+from quantkit.errors import FileError, RequestError
+from quantkit.evaluation import evaluate
+from quantkit.evaluation.vqa import evaluate_vqa, read_answered
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def source(models: Path) -> Path:
+    return tiny_vision_model("llava", models)
+
+
+def own_answers(model: Any, pictures: Path, n_tokens: int) -> list[str]:
+    """Greedy, one question after the other, without our evaluation."""
+    processor, prompt = tiny_processor("llava"), Prompt(tiny_processor("llava"))
+    answers = []
+    for item in read_answered(str(pictures)):
+        inputs = encode(processor, [item.picture], [prompt.ask(item.text)])
+        ids = inputs["input_ids"]
+        for _ in range(n_tokens):
+            step = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with torch.no_grad():
+                token = model(**for_forward(model, step, torch.device("cpu"), torch.float32)).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, token], 1)
+        new = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        new = new[: new.index(2)] if 2 in new else new
+        answers.append(processor.tokenizer.decode(new, skip_special_tokens=True).strip())
+    return answers
+
+
+def test_exact_match_counts_the_models_own_answers(tmp_path: Path) -> None:
+    """Half of the answers are replaced by what the model says: those are right, also in padded batches."""
+    model, pictures = build_vision("llava"), picture_folder(tmp_path, n_pictures=3)
+    said = own_answers(model, pictures, 4)
+    assert len(set(said)) > 1
+    lines = []
+    for index in range(3):
+        true, false = said[2 * index], "wrong"
+        pairs = [{"question": f"what is {word} in {index}?", "answer": answer} for word, answer in (("red", true), ("blue", false))]
+        lines.append({"file_name": f"{index}.png", "qa": pairs})
+    write_metadata(pictures, lines)
+    for batch_size in (1, 4):
+        questions = read_answered(str(pictures))
+        result = evaluate_vqa(
+            model, tiny_processor("llava"), questions, name="p", max_new_tokens=4, batch_size=batch_size
+        )
+        assert (result.exact_match, result.n, result.kl_mean) == (0.5, 6, None)
+
+
+def test_distance_by_hand(tmp_path: Path) -> None:
+    """Mean over all answer tokens of sum p (log p - log q), each sample on its own."""
+    ours, theirs = build_vision("llava"), build_vision("llava", seed=1)
+    pictures, processor = picture_folder(tmp_path, n_pictures=2), tiny_processor("llava")
+    questions, prompt = read_answered(str(pictures)), Prompt(processor)
+    expected: list[torch.Tensor] = []
+    for item in questions:
+        asked = encode(processor, [item.picture], [prompt.ask(item.text)])["input_ids"].shape[1]
+        inputs = encode(processor, [item.picture], [prompt.ask(item.text) + prompt.answer(item.answer or "")])
+        with torch.no_grad():
+            log_q, log_p = (
+                model(**for_forward(model, inputs, torch.device("cpu"), torch.float32)).logits[0, asked - 1 : -1]
+                .double()
+                .log_softmax(-1)
+                for model in (ours, theirs)
+            )
+        expected.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    options: dict[str, Any] = {"name": "p", "reference": theirs, "max_new_tokens": 1}
+    for batch_size in (1, 3):
+        result = evaluate_vqa(ours, processor, questions, batch_size=batch_size, **options)
+        assert result.kl_mean == pytest.approx(float(torch.cat(expected).mean()), rel=1e-4)
+    same = evaluate_vqa(ours, processor, questions, **{**options, "reference": ours})
+    assert same.kl_mean == 0
+
+
+def test_a_packed_folder_from_the_command_line(source: Path, tmp_path: Path) -> None:
+    pictures = picture_folder(tmp_path)
+    out = picture_run(source, tmp_path / "out", pictures, bits=4).output
+    arguments = ["--vqa", str(pictures), "--limit", "3", "--reference", str(source), "--max-new-tokens", "2"]
+    report = json.loads(run("eval", str(out), *arguments, "--json").stdout)
+    assert report["perplexity"] == {}
+    assert report["vqa"].keys() == {str(pictures)}
+    entry = report["vqa"][str(pictures)]
+    assert entry["n"] == 3
+    assert 0 <= entry["exact_match"] <= 1
+    assert entry["kl_mean"] > 0
+    shown = run("eval", str(out), *arguments)
+    assert "exact match of 3 greedy answers of at most 2 tokens; prompt '<s><image>\\n{question}'" in shown.stdout
+
+
+def test_refusals(source: Path, models: Path, tmp_path: Path) -> None:
+    pictures = picture_folder(tmp_path)
+    with pytest.raises(RequestError, match="this model takes no pictures, so vqa cannot be measured"):
+        evaluate(tiny_model("llama", models), data=(), vqa=str(pictures))
+    with pytest.raises(RequestError, match="a loaded model comes without its processor; pass processor="):
+        evaluate(build_vision("llava"), data=(), vqa=str(pictures))
+    with pytest.raises(RequestError, match=r"template 'x' has no {question}"):
+        evaluate(source, data=(), vqa=str(pictures), template="x")
+    for setting in ("batch_size", "max_new_tokens"):
+        with pytest.raises(RequestError, match=f"{setting} is 0; it must be at least 1"):
+            evaluate_vqa(build_vision("llava"), tiny_processor("llava"), [], name="p", **{setting: 0})
+    write_metadata(pictures, [{"file_name": "0.png", "text": "a caption"}])
+    with pytest.raises(FileError, match="pictures: metadata.jsonl holds no questions with answers"):
+        evaluate(source, data=(), vqa=str(pictures))
