@@ -1,4 +1,4 @@
-"""Small random vision-language models of the real transformers classes, their processors, and pictures with questions."""
+"""Small random vision-language models of the real classes, their processors, and pictures with questions."""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ def test_masks_fit_the_inputs(folder: Path) -> None:
 
 
 def test_the_fingerprint_sees_pictures_texts_and_order(folder: Path) -> None:
-    prints = [load(folder).fingerprint, load(folder, n_samples=5).fingerprint, load(folder, template="{image}{question}").fingerprint]
+    variants: list[dict[str, Any]] = [{}, {"n_samples": 5}, {"template": "{image}{question}"}]
+    prints = [load(folder, **options).fingerprint for options in variants]
     shuffled = [load(folder, shuffle=True, seed=seed) for seed in (0, 0, 1)]
     assert shuffled[0].fingerprint == shuffled[1].fingerprint
     prints += [shuffled[0].fingerprint, shuffled[2].fingerprint]
@@ -100,7 +101,10 @@ BAD_LINES: list[tuple[list[Any], str]] = [
     ([{"file_name": "0.png"}], "line 1: needs file_name with a list qa of questions, or text; fields found: file_name"),
     ([{"qa": [{"question": "a", "answer": "b"}]}], "fields found: qa"),
     ([{"file_name": "0.png", "qa": []}], "needs file_name with a list qa"),
-    ([{"file_name": "0.png", "qa": [{"question": "a"}]}], "each entry of qa must be an object with question and answer"),
+    (
+        [{"file_name": "0.png", "qa": [{"question": "a"}]}],
+        "entry of qa must be an object with question and answer",
+    ),
     ([{"file_name": "0.png", "qa": [{"question": " ", "answer": "b"}]}], "question must be a text that is not empty"),
     ([{"file_name": 3, "text": "a"}], "file_name must be a text that is not empty, found 3"),
     ([{"text": "a"}, {"file_name": "7.png", "text": "a"}], "metadata.jsonl, line 2: no picture 7.png in pictures"),
@@ -128,7 +132,7 @@ def test_broken_files(folder: Path) -> None:
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no such folder; give a folder with metadata.jsonl and pictures"):
+    with pytest.raises(RequestError, match=r"no such folder; give a folder with metadata\.jsonl and pictures"):
         read_questions(str(tmp_path / "nowhere"))
     with pytest.raises(RequestError, match=r"no metadata\.jsonl in this folder"):
         read_questions(str(tmp_path))

@@ -44,7 +44,7 @@ def test_defaults_are_those_of_the_request() -> None:
     fields = {field.name: field.default for field in dataclasses.fields(QuantizeRequest)}
     flags = {parameter.name: parameter.default for parameter in COMMAND.commands["quantize"].params}
     shared = (fields.keys() & flags.keys()) - {"model", "output"}
-    assert len(shared) == 10
+    assert len(shared) == 11
     assert {name: flags[name] for name in shared} == {name: fields[name] for name in shared}
     assert flags["max_shard_size"] == "5GB"
     assert fields["max_shard_bytes"] == 5_000_000_000

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cli_runs import invoke as run
+from cli_runs import quantkit as run
 from tiny_models import tiny_model
 from tiny_vision import build_vision, picture_folder, picture_run, tiny_processor, tiny_vision_model, write_metadata
 
@@ -53,8 +52,8 @@ def test_exact_match_counts_the_models_own_answers(tmp_path: Path) -> None:
     assert len(set(said)) > 1
     lines = []
     for index in range(3):
-        true, false = said[2 * index], "wrong"
-        pairs = [{"question": f"what is {word} in {index}?", "answer": answer} for word, answer in (("red", true), ("blue", false))]
+        answers = (("red", said[2 * index]), ("blue", "wrong"))
+        pairs = [{"question": f"what is {word} in {index}?", "answer": answer} for word, answer in answers]
         lines.append({"file_name": f"{index}.png", "qa": pairs})
     write_metadata(pictures, lines)
     for batch_size in (1, 4):
@@ -76,7 +75,8 @@ def test_distance_by_hand(tmp_path: Path) -> None:
         inputs = encode(processor, [item.picture], [prompt.ask(item.text) + prompt.answer(item.answer or "")])
         with torch.no_grad():
             log_q, log_p = (
-                model(**for_forward(model, inputs, torch.device("cpu"), torch.float32)).logits[0, asked - 1 : -1]
+                model(**for_forward(model, inputs, torch.device("cpu"), torch.float32))
+                .logits[0, asked - 1 : -1]
                 .double()
                 .log_softmax(-1)
                 for model in (ours, theirs)
@@ -94,7 +94,7 @@ def test_a_packed_folder_from_the_command_line(source: Path, tmp_path: Path) -> 
     pictures = picture_folder(tmp_path)
     out = picture_run(source, tmp_path / "out", pictures, bits=4).output
     arguments = ["--vqa", str(pictures), "--limit", "3", "--reference", str(source), "--max-new-tokens", "2"]
-    report = json.loads(run("eval", str(out), *arguments, "--json").stdout)
+    report = run("eval", out, *arguments, "--json").json
     assert report["perplexity"] == {}
     assert report["vqa"].keys() == {str(pictures)}
     entry = report["vqa"][str(pictures)]
@@ -117,5 +117,5 @@ def test_refusals(source: Path, models: Path, tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=f"{setting} is 0; it must be at least 1"):
             evaluate_vqa(build_vision("llava"), tiny_processor("llava"), [], name="p", **{setting: 0})
     write_metadata(pictures, [{"file_name": "0.png", "text": "a caption"}])
-    with pytest.raises(FileError, match="pictures: metadata.jsonl holds no questions with answers"):
+    with pytest.raises(FileError, match=r"pictures: metadata\.jsonl holds no questions with answers"):
         evaluate(source, data=(), vqa=str(pictures))
