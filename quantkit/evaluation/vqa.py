@@ -51,6 +51,8 @@ def read_answered(folder: str, limit: int | None = None) -> list[Question]:
     Raises:
         RequestError, FileError: see `quantkit.calib.pictures.read_questions`; no question has an answer.
     """
+    if limit is not None and limit < 1:
+        raise RequestError(f"limit is {limit}; evaluate at least 1 question, or leave the limit out")
     questions = [item for line in read_questions(folder) for item in line if item.picture and item.answer is not None]
     if not questions:
         raise FileError(f"{Path(folder).name}: metadata.jsonl holds no questions with answers (qa) to evaluate on")

@@ -120,7 +120,7 @@ def test_requests_that_make_no_sense(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
     other = tiny_model("llama", tmp_path, vocab_size=300)
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"data": ()}, r"^nothing to evaluate; name a text \(data\) or a task \(tasks\)"),
+        ({"data": ()}, r"^nothing to evaluate; name a text \(data\), a folder of pictures \(vqa\) or a task"),
         ({"data": [text, tmp_path / "one.jsonl"]}, r"^two texts are called 'one' \(.*one\.txt and .*one\.jsonl\)"),
         ({"data": ["wikitxt2"]}, r"^wikitxt2: no such file or folder.*did you mean 'wikitext2'"),
         ({"data": text, "seq_len": 257}, r"^seq_len is 257, the model's limit is 256 tokens; use 256 or less"),

@@ -111,6 +111,8 @@ def test_refusals(source: Path, models: Path, tmp_path: Path) -> None:
         evaluate(tiny_model("llama", models), data=(), vqa=str(pictures))
     with pytest.raises(RequestError, match="a loaded model comes without its processor; pass processor="):
         evaluate(build_vision("llava"), data=(), vqa=str(pictures))
+    with pytest.raises(RequestError, match="limit is 0; evaluate at least 1 question, or leave the limit out"):
+        evaluate(source, data=(), vqa=str(pictures), limit=0)
     with pytest.raises(RequestError, match=r"template 'x' has no {question}"):
         evaluate(source, data=(), vqa=str(pictures), template="x")
     for setting in ("batch_size", "max_new_tokens"):
