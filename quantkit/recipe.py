@@ -16,10 +16,11 @@ from typing import Any
 
 import yaml
 
-from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, SOLVERS
+from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, SOLVERS, TRANSFORMS
 from quantkit.errors import FileError, RequestError, did_you_mean
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "transform": tuple(TRANSFORMS),
     "allocator": tuple(ALLOCATORS),
     "granularity": ("block", "linear"),
     "entropy": ("kmeans", "histogram"),
@@ -61,6 +62,7 @@ class Recipe:
     bpw: float | None = field(default=None, metadata={"help": "stored bits per weight at most, instead of bits"})
     group_size: int | None = field(default=128, metadata={"help": "input columns per scale; 0: one scale per row"})
     symmetric: bool = field(default=False, metadata={"help": "zero fixed at the middle of the grid, not stored"})
+    transform: str = field(default="none", metadata={"help": "what is done to the weights before they are quantized"})
     allocator: str = field(default="uniform", metadata={"help": "who gets how many bits"})
     lo: int | None = field(default=None, metadata={"help": "the lower width of an allocator; none: the next below"})
     hi: int | None = field(default=None, metadata={"help": "the higher width of an allocator; none: the next above"})

@@ -28,7 +28,7 @@ def calibration_text(folder: Path, n_bytes: int = 2000) -> Path:
     return path
 
 
-def small_run(model: Path, output: Path, text: Path, method: str = "gptq", **options: Any) -> QuantizeResult:
+def small_run(model: Path, output: Path, text: Path, method: str | None = "gptq", **options: Any) -> QuantizeResult:
     """`quantize` with the settings of `SMALL`, each of which ``options`` may replace."""
     return quantize(model, output, method=method, **{"bits": 3, "calib": str(text), **SMALL, **options})
 

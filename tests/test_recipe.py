@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import law
 
-from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, SOLVERS
+from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, SOLVERS, TRANSFORMS
 from quantkit.errors import FileError, QuantkitError, RequestError
 from quantkit.recipe import Recipe, recipe_from_json, resolve
 
@@ -134,6 +134,7 @@ def recipes() -> st.SearchStrategy[Recipe]:
         "bits": st.sampled_from([1, 2, 2.5, 3, 4, 8]),
         "group_size": st.sampled_from([0, 1, 32, 128, None]),
         "symmetric": st.booleans(),
+        "transform": st.sampled_from(sorted(TRANSFORMS)),
         "allocator": st.sampled_from(sorted(ALLOCATORS)),
         "grid": st.sampled_from(sorted(GRID_CHOICES)),
         "solver": st.sampled_from(sorted(SOLVERS)),
@@ -160,7 +161,7 @@ def test_recipe_of_one_linear_is_uniform(recipe: Recipe) -> None:
         one = recipe.at(3)
         assert (one.allocator, one.width, one.bpw) == ("uniform", 3, None)
         assert not one.mixes_widths
-        for name in ("grid", "solver", "group_size", "symmetric", "damping", "act_order"):
+        for name in ("transform", "grid", "solver", "group_size", "symmetric", "damping", "act_order"):
             assert getattr(one, name) == getattr(recipe, name)
     else:
         assert recipe.width == recipe.bits
@@ -227,6 +228,7 @@ def test_needs_calibration(settings: dict[str, Any], expected: bool) -> None:
         ("gridd=mse", "unknown setting 'gridd'; did you mean 'grid'? known: act_order, allocator, bits"),
         ("=3", "unknown setting ''; known: act_order, allocator"),
         ("grid=hesian", "unknown grid 'hesian'; did you mean 'hessian'? known: auto, hessian, minmax, mse, sqc"),
+        ("transform=hadamar", "unknown transform 'hadamar'; did you mean 'hadamard'? known: hadamard, none"),
         ("solver=gtpq", "unknown solver 'gtpq'; did you mean 'gptq'? known:"),
         ("allocator=sbaa", "unknown allocator 'sbaa'; did you mean 'sba'? known:"),
         ("act_order=ful", "unknown act_order 'ful'; did you mean 'full'? known: full, group, none"),

@@ -51,7 +51,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_GROUPED, **_MOE, "head_dim": 16},
 }
 # Not in FAMILIES: no test needs it for every family
-_EXTRA = {"mixtral": _GROUPED}
+_EXTRA = {
+    "mixtral": _GROUPED,
+    "olmoe": {**_COMMON, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+}
 _MODEL_TYPES = {"gemma3": "gemma3_text"}
 
 

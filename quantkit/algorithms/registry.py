@@ -1,4 +1,4 @@
-"""The tables of everything that can be chosen: methods, allocators, grids, solvers. Nothing registers itself.
+"""The tables of what can be chosen: methods, transforms, allocators, grids, solvers. Nothing registers itself.
 
 A *method* is a name for a combination; `quantkit.recipe` turns it into settings. Adding one is a line here.
 """
@@ -71,6 +71,11 @@ METHODS: dict[str, Method] = {
         summary="Blocks with low-entropy activations get 2 bits, the others 4; any average between.",
         defaults={"allocator": "luq", "lo": 2, "hi": 4, "bits": 3},
     ),
+}
+
+TRANSFORMS: dict[str, str] = {
+    "none": "the weights as they are",
+    "hadamard": "the residual stream rotated by a randomized Hadamard matrix, folded into the weights (QuaRot)",
 }
 
 ALLOCATORS: dict[str, str] = {

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, SOLVERS
+from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, SOLVERS, TRANSFORMS
 from quantkit.cli.options import Debug, Json
 from quantkit.cli.screen import print_json, print_pairs, results, table
 from quantkit.errors import RequestError, did_you_mean
 from quantkit.recipe import Recipe, resolve
 
-_MEMBERS = {"allocator": ALLOCATORS, "grid": GRID_CHOICES, "solver": SOLVERS}
+_MEMBERS = {"transform": TRANSFORMS, "allocator": ALLOCATORS, "grid": GRID_CHOICES, "solver": SOLVERS}
 _EXAMPLE_BITS = 3
 
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method, with its settings and their defaults.")]

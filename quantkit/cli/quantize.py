@@ -248,6 +248,9 @@ def _show_plan(plan: Plan, request: QuantizeRequest) -> None:
     screen.print(made, "")
     for name, reason in plan.skipped:
         screen.print(f"not quantized: {name} ({reason})", soft_wrap=True)
+    if plan.transform_bytes:
+        extra = f"{size(plan.transform_bytes)} more: the output head can no longer share the embedding"
+        screen.print(f"transform={request.recipe.transform}: {extra}", soft_wrap=True)
     print_pairs(
         screen,
         [

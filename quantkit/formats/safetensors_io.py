@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -190,8 +190,42 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with replace_file(path, len(header) + sum(ref.n_bytes for ref in refs)) as file:
         file.write(header)
         for ref in refs:
-            flat = tensors[ref.name].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            file.write(_bytes_of(tensors[ref.name]))
+
+
+def row_pieces(ref: TensorRef, n_numbers: int) -> list[TensorRef]:
+    """A matrix as consecutive pieces of whole rows, each of about so many numbers."""
+    n_rows, *rest = ref.shape
+    per_piece = max(1, n_numbers // max(1, prod(rest)))
+    row_bytes = prod(rest) * ref.torch_dtype.itemsize
+    pieces = []
+    for start in range(0, n_rows, per_piece):
+        rows = min(per_piece, n_rows - start)
+        shape, offset = (rows, *rest), ref.offset + start * row_bytes
+        pieces.append(replace(ref, shape=shape, offset=offset, n_bytes=rows * row_bytes))
+    return pieces
+
+
+def write_pieces(path: Path, ref: TensorRef, pieces: Iterable[Tensor]) -> None:
+    """Write one tensor to a safetensors file of its own, piece by piece.
+
+    Args:
+        ref: its name, dtype and shape.
+        pieces: of that dtype; one after the other they are the tensor.
+
+    Raises:
+        FileError: the disk is full or the folder cannot be written.
+    """
+    header = _header_bytes([ref])
+    with replace_file(path, len(header) + ref.n_bytes) as file:
+        file.write(header)
+        for piece in pieces:
+            assert piece.dtype == ref.torch_dtype, ref.name
+            file.write(_bytes_of(piece))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _file_order(ref: TensorRef) -> tuple[int, str]:

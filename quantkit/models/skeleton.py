@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +25,39 @@ from quantkit.models.structure import Block, describe_blocks, find_block_list
 _PIECE_BYTES = 1 << 24
 
 
+class Transform(Protocol):
+    """What is changed about parameters as they are read, and about what is stored beside the quantized weights."""
+
+    @property
+    def touched(self) -> Collection[str]:
+        """Runtime names of the parameters that it changes; all others are left alone."""
+
+    @property
+    def outside_bytes(self) -> int:
+        """Of what `write_outside` writes."""
+
+    @property
+    def extra_bytes(self) -> int:
+        """That the output needs beyond the source: of a head that can no longer share the embedding."""
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """Fields of config.json."""
+
+    @property
+    def multiplications(self) -> int:
+        """About how many it takes per number of a weight."""
+
+    def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The changed parameter: in its stored dtype if it is stored so, in more digits if it is to be quantized."""
+
+    def block_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """What a block holds beside its quantized weights, changed, by its name in the output: norms, biases."""
+
+    def write_outside(self, folder: Path) -> list[TensorRef]:
+        """Write what is changed outside the blocks to files in ``folder``, in pieces. Raises `FileError`."""
+
+
 class Skeleton:
     """A meta model, its blocks, and the place of every tensor in the source checkpoint.
 
@@ -32,6 +66,7 @@ class Skeleton:
         model: the model; parameters are on the meta device unless loaded.
         blocks: the decoder blocks, in running order.
         tensors: source tensor name to `TensorRef`.
+        transform: applied to each parameter as soon as it is read; None: parameters are taken as they are.
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -42,6 +77,7 @@ class Skeleton:
             FileError: files that are damaged, or lack a tensor, or hold one of another shape.
         """
         self.folder = folder
+        self.transform: Transform | None = None
         self.config = _read_config(folder, trust_remote_code)
         stored = find_tensors(folder)
         self.model = _build(self.config, trust_remote_code)
@@ -63,6 +99,14 @@ class Skeleton:
         if found is None:
             raise FileError(f"{self.folder}: no tensor for parameter {runtime_name}; the checkpoint is incomplete")
         return found
+
+    def read_source(self, name: str) -> torch.Tensor:
+        """A parameter or buffer as it is stored, on the CPU. Raises `NumericalError` when it holds NaN or Inf."""
+        ref = self.tensors[self.source_name(name)]
+        tensor = read_tensor(ref)
+        if not torch.isfinite(tensor).all():
+            raise _damaged(ref)
+        return tensor
 
     def load_block(self, index: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """Fill one block with its weights. Raises `NumericalError` when a weight holds NaN or Inf."""
@@ -120,10 +164,10 @@ class Skeleton:
     def _fill_own(self, module: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
         """The module's own parameters and buffers, not those of its children."""
         prefix = f"{name}." if name else ""
-        persistent = set(module.state_dict(keep_vars=True)) & {key for key, _ in module.named_buffers(recurse=False)}
-        derived = [key for key, _ in module.named_buffers(recurse=False) if key not in persistent]
+        derived = derived_buffers(module)
+        persistent = {key for key, _ in module.named_buffers(recurse=False)} - set(derived)
         if derived:
-            self._recompute(module, name, derived, device)
+            recompute_buffers(self.model, module, name, derived, device)
         for key, _ in list(module.named_parameters(recurse=False)):
             tensor = self._read(f"{prefix}{key}", device, dtype)
             module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
@@ -132,41 +176,52 @@ class Skeleton:
             wanted = dtype if buffer.is_floating_point() else buffer.dtype
             module._buffers[key] = self._read(f"{prefix}{key}", device, wanted).reshape(buffer.shape)
 
-    def _recompute(self, module: nn.Module, name: str, keys: list[str], device: torch.device) -> None:
-        """Rotary frequencies, embedding scales: set by the model's own initialization, whatever was there before."""
-        outcomes = []
-        for filler in (0, 1):
-            for key in keys:
-                module._buffers[key] = torch.full_like(module.get_buffer(key), filler, device=device)
-            with torch.no_grad():
-                self._owner(name)._init_weights(module)
-            outcomes.append([module.get_buffer(key).clone() for key in keys])
-        for key, first, second in zip(keys, *outcomes, strict=True):
-            if not torch.equal(first, second):
-                raise RequestError(
-                    f"{name}: its buffer {key} is neither in the files nor recomputed from the config; "
-                    f"{type(self.model).__name__} is not supported"
-                )
-
     def _read(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        ref = self.tensors[self.source_name(name)]
-        tensor = read_tensor(ref)
-        if not torch.isfinite(tensor).all():
-            raise _damaged(ref)
-        converted = tensor.to(device=device, dtype=dtype)
+        tensor = self.read_source(name).to(device)
+        if self.transform is not None and name in self.transform.touched:
+            tensor = self.transform(name, tensor)
+        converted = tensor.to(dtype)
         if dtype == torch.float16 and not torch.isfinite(converted).all():
-            raise NumericalError(f"{ref.name} does not fit into float16; use --dtype bfloat16 or float32")
+            raise NumericalError(f"{self.source_name(name)} does not fit into float16; use --dtype bfloat16 or float32")
         return converted
 
-    def _owner(self, name: str) -> Any:
-        """The innermost transformers model around a module: the one that knows how to initialize it."""
-        owner: Any = self.model
-        parts = name.split(".")
-        for end in range(1, len(parts) + 1):
-            candidate = self.model.get_submodule(".".join(parts[:end]))
-            if hasattr(candidate, "_init_weights"):
-                owner = candidate
-        return owner
+
+def recompute_buffers(model: Any, module: nn.Module, name: str, keys: list[str], device: torch.device) -> None:
+    """Rotary frequencies, embedding scales: set by the model's own initialization, whatever was there before.
+
+    Raises:
+        RequestError: the initialization leaves a buffer as it is.
+    """
+    outcomes = []
+    for filler in (0, 1):
+        for key in keys:
+            module._buffers[key] = torch.full_like(module.get_buffer(key), filler, device=device)
+        with torch.no_grad():
+            _owner(model, name)._init_weights(module)
+        outcomes.append([module.get_buffer(key).clone() for key in keys])
+    for key, first, second in zip(keys, *outcomes, strict=True):
+        if not torch.equal(first, second):
+            raise RequestError(
+                f"{name}: its buffer {key} is neither in the files nor recomputed from the config; "
+                f"{type(model).__name__} is not supported"
+            )
+
+
+def derived_buffers(module: nn.Module) -> list[str]:
+    """Names of the module's own buffers that no checkpoint holds."""
+    stored = set(module.state_dict(keep_vars=True))
+    return [key for key, _ in module.named_buffers(recurse=False) if key not in stored]
+
+
+def _owner(model: Any, name: str) -> Any:
+    """The innermost transformers model around a module: the one that knows how to initialize it."""
+    owner: Any = model
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        candidate = model.get_submodule(".".join(parts[:end]))
+        if hasattr(candidate, "_init_weights"):
+            owner = candidate
+    return owner
 
 
 def _trim_heap() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -30,6 +31,11 @@ class Block:
     name: str
     linears: tuple[Linear, ...]
     skipped: tuple[tuple[str, str], ...]  # (runtime name, why)
+
+
+def kind_of(path: str) -> str:
+    """The name of a module or parameter inside its block, the same for all experts."""
+    return re.sub(r"\.\d+\.", ".*.", path)
 
 
 def find_block_list(model: nn.Module) -> str:

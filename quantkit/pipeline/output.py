@@ -45,7 +45,8 @@ def assemble(skeleton: Skeleton, journal: Journal, request: QuantizeRequest, cal
         card = _model_card(skeleton.folder, request, quantization["bpw"], refs)
         (folder / "README.md").write_text(card, encoding="utf-8")
         config = read_json(skeleton.folder / "config.json")
-        write_json(folder / "config.json", config | {"quantization_config": quantization})
+        changes = skeleton.transform.config_changes if skeleton.transform else {}
+        write_json(folder / "config.json", config | changes | {"quantization_config": quantization})
         write_checksums(folder)
         refuse_existing(request.output, request.overwrite)  # once more: the run may have taken days
         _put_in_place(folder, request.output, journal.folder / "replaced")
@@ -76,11 +77,15 @@ def _sync(path: Path) -> None:
 
 
 def _tensor_refs(skeleton: Skeleton, journal: Journal, modules: dict[str, dict[str, Any]]) -> list[TensorRef]:
-    """Source tensors, with each quantized weight replaced by its packed tensors."""
+    """Source tensors; packed ones instead of each quantized weight, and changed ones where a transform changed them."""
     replaced = {f"{entry['prefix']}.weight" for entry in modules.values()}
-    kept = [ref for name, ref in skeleton.tensors.items() if name not in replaced]
     packed = [ref for block in journal.finished for ref in read_header(journal.folder / block.file).values()]
-    return sorted(kept + packed, key=lambda ref: ref.name)
+    outside = []
+    if skeleton.transform is not None:
+        replaced |= {skeleton.source_name(name) for name in skeleton.transform.touched}
+        outside = skeleton.transform.write_outside(journal.folder)
+    kept = [ref for name, ref in skeleton.tensors.items() if name not in replaced]
+    return sorted(kept + packed + outside, key=lambda ref: ref.name)
 
 
 def _quantization_config(

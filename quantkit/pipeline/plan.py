@@ -43,8 +43,9 @@ class Plan:
     other_bytes: int
     original_bytes: int
     peak_memory_bytes: int
-    scratch_bytes: int  # of the work folder: finished blocks, and hidden states that are offloaded to disk
+    scratch_bytes: int  # of the work folder: finished blocks, transformed tensors, hidden states offloaded to disk
     seconds: float
+    transform_bytes: int = 0  # more than the source has, for an output head that can no longer share the embedding
     at_most: bool = False  # bytes and bpw are a bound: widths are decided when the model has been looked at
 
     @property
@@ -67,6 +68,7 @@ class Plan:
             "at_most": self.at_most,
             "size_bytes": self.output_bytes,
             "original_bytes": self.original_bytes,
+            "transform_bytes": self.transform_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
             "seconds": float(f"{self.seconds:.2g}"),
         }
@@ -97,17 +99,21 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
     )
     rounded = {f"{linear.name}.weight" for linear in vision}
     outside = [(name, "outside the decoder blocks") for name in _other_matrices(skeleton) if name not in rounded]
+    transform = skeleton.transform
+    extra = transform.extra_bytes if transform else 0
+    scratch = quantized + (transform.outside_bytes if transform else 0)
     return Plan(
         modules=modules,
         skipped=tuple(item for block in skeleton.blocks for item in block.skipped) + tuple(outside),
         n_blocks=len(skeleton.blocks),
         bpw=8 * quantized / sum(spec.n_weights for _, spec in modules),
         quantized_bytes=quantized,
-        other_bytes=original - replaced,
+        other_bytes=original - replaced + extra,
         original_bytes=original,
         peak_memory_bytes=_peak_memory(skeleton, request, seq_len) + (0 if request.offload == "disk" else states),
-        scratch_bytes=quantized + (states if request.offload == "disk" else 0),
+        scratch_bytes=scratch + (states if request.offload == "disk" else 0),
         seconds=_estimate_seconds(skeleton, request, seq_len, device),
+        transform_bytes=extra,
         at_most=recipe.allocator != "uniform",
     )
 
@@ -186,7 +192,8 @@ def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int
     """Multiplications of the run over the speed of one matrix product measured now."""
     linears = [linear for block in skeleton.blocks for linear in block.linears]
     tokens = request.n_samples * seq_len
-    rounding = sum(60.0 * linear.n_weights for linear in linears)
+    turning = 2 * skeleton.transform.multiplications if skeleton.transform else 0
+    rounding = sum((60.0 + turning) * linear.n_weights for linear in linears)
     if not request.recipe.needs_calibration:
         return 2 * rounding / _multiplications_per_second(device)
     n_forwards = 2 + (request.recipe.mixes_widths and needs_activations(request.recipe))

@@ -17,21 +17,25 @@ from quantkit.models.hub import download
 from quantkit.models.modality import sees_images
 from quantkit.models.skeleton import Skeleton
 from quantkit.pipeline.request import QuantizeRequest
+from quantkit.pipeline.rotate import StreamRotation
 from quantkit.runtime.loading import load_processor, load_tokenizer
 from quantkit.runtime.loading import resolve as resolve_model
 
 
 def open_model(request: QuantizeRequest) -> tuple[Skeleton, torch.device]:
-    """The model without its weights, and where it will be computed.
+    """The model without its weights, with the recipe's transform, and where it will be computed.
 
     Raises:
-        RequestError: no usable device of that name; a model that cannot be quantized.
+        RequestError: no usable device of that name; a model that cannot be quantized, or not be transformed.
         FileError: no such model, or one with damaged files.
     """
     device = _device(request.device)
     found = resolve_model(request.model)
     folder = found if isinstance(found, Path) else download(found)
-    return Skeleton(folder, trust_remote_code=request.trust_remote_code), device
+    skeleton = Skeleton(folder, trust_remote_code=request.trust_remote_code)
+    if request.recipe.transform == "hadamard":
+        skeleton.transform = StreamRotation(skeleton, request.seed, device)
+    return skeleton, device
 
 
 def _device(name: str) -> torch.device:

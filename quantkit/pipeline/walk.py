@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +19,7 @@ from quantkit.formats.checkpoint import TRIPWIRE, has_tripwire
 from quantkit.formats.safetensors_io import read_header, read_tensor
 from quantkit.formats.storage import pack, spec_from_json, unpack
 from quantkit.models.skeleton import Skeleton
-from quantkit.models.structure import Block, Linear
+from quantkit.models.structure import Block, Linear, kind_of
 from quantkit.pipeline.allocate import Allocator, ScoredBlock, needs_activations
 from quantkit.pipeline.attend import AttentionWatch
 from quantkit.pipeline.journal import Journal
@@ -59,6 +58,12 @@ class Walk:
     def run(self) -> None:
         blocks, n_finished = self.skeleton.blocks, len(self.journal.finished)
         self.listener.started(len(blocks) + (self.recipe.vision_bits is not None), n_finished)
+        transform = self.skeleton.transform
+        if transform is not None and transform.extra_bytes:
+            self.listener.note(
+                f"transform={self.recipe.transform}: the output head no longer shares the embedding: "
+                f"{transform.extra_bytes / 1e6:.1f} MB more"
+            )
         if not n_finished:
             self.skeleton.check_surroundings()
         if self.recipe.mixes_widths:
@@ -133,6 +138,8 @@ class Walk:
             self._advance_float(index, float_module)
         self.skeleton.release_block(index)
         seconds = time.perf_counter() - began
+        if self.skeleton.transform is not None:
+            tensors |= self.skeleton.transform.block_tensors(index)
         self.journal.finish_block(index, tensors, seconds, entries, errors)
         self.listener.block_done(index, seconds)
 
@@ -189,10 +196,10 @@ class Walk:
             self._call(index, module, 0)
         leaders: dict[str, str] = {}  # in running order
         for path in probe.first_calls():
-            leaders.setdefault(_kind(path), _kind(probe.leader(path)))
+            leaders.setdefault(kind_of(path), kind_of(probe.leader(path)))
         stages: dict[str, list[Linear]] = {leader: [] for leader in leaders.values()}
         for linear in block.linears:
-            kind = _kind(linear.path)
+            kind = kind_of(linear.path)
             stages.setdefault(leaders.get(kind, kind), []).append(linear)
         return list(stages.values())
 
@@ -273,11 +280,6 @@ class Walk:
 
     def _prefix(self, linear: Linear) -> str:
         return self.skeleton.source_name(f"{linear.name}.weight").removesuffix(".weight")
-
-
-def _kind(path: str) -> str:
-    """The name of a linear inside its block, the same for all experts."""
-    return re.sub(r"\.\d+\.", ".*.", path)
 
 
 def _set_weight(module: nn.Module, linear: Linear, weight: Tensor) -> None:

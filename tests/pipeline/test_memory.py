@@ -42,11 +42,18 @@ class Watch(Listener):
 
 @pytest.mark.slow  # half a million objects are looked at, ten times
 @pytest.mark.parametrize(
-    ("settings", "n_streams"),
-    [([], 1), (["sequential=true"], 1), (["correction=0.5"], 2), (["allocator=lim", "lo=2", "hi=4"], 1)],
-    ids=["gptq", "sequential", "correction", "allocator"],
+    ("settings", "n_streams", "held"),
+    [
+        ([], 1, 0),
+        (["sequential=true"], 1, 0),
+        (["correction=0.5"], 2, 0),
+        (["allocator=lim", "lo=2", "hi=4"], 1, 0),
+        (["transform=hadamard"], 1, 8 * 65 * 64),
+    ],
+    ids=["gptq", "sequential", "correction", "allocator", "transform"],
 )
-def test_one_block_at_a_time(settings: list[str], n_streams: int, tmp_path: Path) -> None:
+def test_one_block_at_a_time(settings: list[str], n_streams: int, held: int, tmp_path: Path) -> None:
+    """`held` bytes are those of a rotation: its signs and its factors."""
     n_blocks, n_samples, seq_len = 5, 4, 32
     source = tiny_model("llama", tmp_path, num_hidden_layers=n_blocks)
     block = sum(ref.n_bytes for name, ref in find_tensors(source).items() if ".layers.0." in name)
@@ -58,7 +65,7 @@ def test_one_block_at_a_time(settings: list[str], n_streams: int, tmp_path: Path
     run_settings = {"settings": settings, "n_samples": n_samples, "seq_len": seq_len}
     small_run(source, tmp_path / "out", calibration_text(tmp_path), listener=watch, **run_settings)
     assert len(watch.in_blocks) == len(watch.between_blocks) == n_blocks
-    assert max(watch.between_blocks) <= n_streams * states + shared
+    assert max(watch.between_blocks) <= n_streams * states + shared + held
     # the float model that runs along is one more block, and its inputs are one more statistic
-    assert max(watch.in_blocks) <= n_streams * (block + hessians + states) + shared + solving
+    assert max(watch.in_blocks) <= n_streams * (block + hessians + states) + shared + solving + held
     assert max(watch.between_blocks) < block

@@ -155,6 +155,26 @@ def test_kill_before_every_single_change_of_the_file_system(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("touching", "before"),
+    [(".rotated-00001", "open .rotated-00001"), ("block-00001", "os.rename .block-00001"), ("final", "os.mkdir final")],
+)
+def test_kill_while_a_rotated_model_is_written(
+    touching: str, before: str, models: Path, text: Path, tmp_path: Path, processes: Processes
+) -> None:
+    source = tiny_model("llama", models, seed=1)
+    options = {"method": "rtn", "settings": ["transform=hadamard"]}
+    reference = sha256_of(small_run(source, tmp_path / "reference", text, **options).output)
+    output = tmp_path / "here" / "out"
+    output.parent.mkdir()
+    job = {"source": source, "output": output, "text": text, "options": options}
+    killed = processes.run(**job, kill_before=0, touching=work_folder(output) / touching)
+    assert killed[0] == signal.SIGKILL
+    assert killed[1].startswith(before)
+    assert sha256_of(small_run(source, output, text, **options).output) == reference
+
+
+@pytest.mark.slow
 def test_kill_while_a_finished_output_is_replaced(
     models: Path, text: Path, tmp_path: Path, processes: Processes
 ) -> None:
@@ -217,6 +237,7 @@ def test_resume_with_another_offload_and_shard_size(
         (["allocator=lim", "lo=2", "hi=4"], 0),
         (["allocator=error", "granularity=linear", "lo=2", "hi=4"], 2),
         (["allocator=sba", "grid=sqc"], 1),
+        (["transform=hadamard", "correction=0.5"], 2),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else "",
 )
