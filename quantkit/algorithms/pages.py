@@ -1,0 +1,213 @@
+"""What the manual says about each method: one block of text per method, and one table of measured figures.
+
+``quantkit methods NAME`` shows it, and ``python scripts/method_pages.py`` writes docs/methods/NAME.md from it. A method
+in the registry without a page here is an error that the tests find.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """The text of a method's page: plain sentences, shown on a terminal as they are. Line breaks do not count."""
+
+    authors: str  # of the paper, with its title and year; or whose method it is
+    what: str
+    when: str
+    cost: str
+    limits: str
+    settings: tuple[str, ...]  # recipe fields that matter for it, beside bits, group_size and symmetric
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured row: perplexity on held-out documentation and on WikiText-2 of the packed model.
+
+    llama-28m, 32 x 1024 calibration tokens, 32 windows of 1024 tokens; docs/results.md has hardware and versions.
+    """
+
+    method: str
+    settings: str  # beyond --method and --bits
+    bits: str  # and group size
+    bpw: float  # stored bits per weight
+    docs: float
+    wiki: float | None
+    reference: str = "-"  # other people's code on the same model and data: perplexity on the first text
+
+
+UNQUANTIZED = Figure("", "", "16", 16, 5.336, 71.19)
+
+FIGURES: tuple[Figure, ...] = (
+    Figure("rtn", "", "2 g128", 2.141, 67.39, 671.8, "67.58"),
+    Figure("gptq", "", "3 g128", 3.148, 5.785, 78.37, "6.136 (llm-compressor)"),
+    Figure("gptq", "", "2 g128", 2.141, 8.302, 118.6, "11.91 (best released toolkit)"),
+    Figure("gptq", "grid=minmax", "2 g128", 2.141, 35.79, 392.1, "34.96 (authors)"),
+    Figure("gptq", "grid=minmax", "3 g128", 3.148, 6.213, 89.46, "6.194 (authors)"),
+    Figure("gptq", "", "2 per row", 2.030, 8.932, 121.1, "9.474 (GPTQ, searched scales)"),
+    Figure("gptq", "transform=hadamard", "2 g128", 2.141, 8.378, 109.72),
+    Figure("refined", "", "2 g128", 2.141, 7.440, None, "8.639 (quick experiment)"),
+    Figure("slim", "", "2 g128", 2.169, 12.42, 175.2, "13.65 (authors)"),
+    Figure("slim", "", "3 g128", 3.148, 5.961, 82.97, "6.445 (authors)"),
+    Figure("slim", "grid=hessian", "2 g128", 2.144, 8.276, 117.2),
+    Figure("layerwise", "", "2.5 g128", 2.644, 6.581, 87.6),
+    Figure("layerwise", "allocator=zd", "2.5 g128", 2.644, 6.466, 81.9),
+    Figure("layerwise", "allocator=random, five draws, the best", "2.5 g128", 2.644, 6.56, 88.7),
+    Figure("luq", "lo=2, hi=3", "2.5 g128", 2.644, 6.803, 90.7),
+    Figure("luq", "", "2.5 g128", 2.644, 7.597, 105.6),
+)
+
+_GPTQ = ("grid", "damping", "act_order", "sequential", "correction", "refine", "transform")
+_BUDGET = ("bpw", "lo", "hi", "granularity", "tie", "reverse", "solver", "grid", "transform")
+
+PAGES: dict[str, Page] = {
+    "rtn": Page(
+        authors="the oldest method of the field",
+        what="""
+            Each weight goes to the nearest level of its group's grid, which spans the smallest to the largest weight.
+            No data is read and no error is compensated.
+        """,
+        when="""
+            At 8 bits, and often at 4. It is the fastest method and needs no calibration text; it is the baseline that
+            every other one has to beat. Below 4 bits take another method.
+        """,
+        cost="No pass over data; one block in memory.",
+        limits="""
+            At 2 bits the model is unusable. Scales that are searched (`--set grid=mse`, or `grid=hessian`, which
+            needs data) help.
+        """,
+        settings=("grid", "transform"),
+    ),
+    "gptq": Page(
+        authors="Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, accurate post-training quantization, 2022",
+        what="""
+            Weights are rounded one input column at a time. The error of each column is made up for in the columns
+            that are still to come, as the second derivatives of the layer's output error say (the Hessian of its
+            inputs on calibration text). Below 4 bits, scales and zeros are searched with the same Hessian instead of
+            spanning the range: that is ours, and it matters most at 2 bits.
+        """,
+        when="""
+            At 3 and 4 bits, and whenever a run has to be short. `refined` is GPTQ with more rounds, for fewer bits.
+        """,
+        cost="""
+            One pass over the calibration text, and O(in^3 + out in^2) per linear: 58 s for 28 M parameters on 2 CPU
+            cores.
+        """,
+        limits="""
+            The calibration text decides: results at 2 bits move by about 10 % between texts. Use text of the kind
+            that the model is for, and 32 sequences or more.
+        """,
+        settings=_GPTQ,
+    ),
+    "refined": Page(
+        authors="ours, from published parts: GPTAQ (arXiv:2504.02692), QuantEase (arXiv:2309.01885)",
+        what="""
+            GPTQ with four additions. It aims half way between the weights and what would best repair the outputs that
+            the quantized blocks before have changed. It quantizes a block in stages, each on the inputs that the
+            stages before leave. It visits important column groups first. At the end it re-fits scales and revisits
+            codes, in turn.
+        """,
+        when="The default below 4 bits when no method is named. Take `gptq` where time matters more.",
+        cost="""
+            A float model runs beside the quantized one, and the calibration text runs through a block once per stage:
+            time and memory of several passes instead of one.
+        """,
+        limits="Aiming all the way (`correction=1`) overfits small calibration sets.",
+        settings=_GPTQ,
+    ),
+    "slim": Page(
+        authors="Huang et al.: SliM-LLM, salience-driven mixed-precision quantization, ICML 2025",
+        what="""
+            Inside each linear, groups of input columns that matter more get one bit more, and as many others one bit
+            less, so that the average stays. Scales are searched between 0.9 and 1.1 of the range, with salient
+            elements weighted. The codes come from GPTQ.
+        """,
+        when="""
+            At 2 and 3 bits, to repeat the paper. With `--set grid=hessian` it is level with `gptq` at the same bytes:
+            searched scales leave the widths little to gain.
+        """,
+        cost="1.8 times `gptq`: 104 s for 28 M parameters on 2 CPU cores.",
+        limits="""
+            2 to 7 bits, asymmetric grids, and it needs groups. Mixed widths are stored at their real size; the zeros
+            of 1-bit groups are float16, so `bpw` is a little above that of uniform widths.
+        """,
+        settings=("criterion", *_GPTQ),
+    ),
+    "boa": Page(
+        authors="Kim, Kim, Cho, Lee, Kim, Jeon: BoA, attention-aware post-training quantization, ICML 2025",
+        what="""
+            GPTQ counts the error of each linear's own output. BoA counts what attention makes of it: query and key
+            weights are rounded for the attention that they give, value weights for what is mixed and projected
+            afterwards. So errors are made up for across the rows of a head, too. All other linears are rounded by
+            GPTQ.
+        """,
+        when="At 2 and 3 bits, on models with ordinary attention; also as `solver=boa` under every allocator and grid.",
+        cost="""
+            GPTQ's, and O(out in head_dim) more for queries, keys and values, whose rows wait for each other in
+            blocks. `python benchmarks/bench_boa.py` measures a block on your machine.
+        """,
+        limits="""
+            Where a block's attention is not recognized (a bias on the logits, latent attention), a note says so and
+            GPTQ quantizes all of that block. With little calibration text it overfits: `row_damping` holds it back.
+        """,
+        settings=(
+            "row_damping",
+            "block_v",
+            "v_row_factor",
+            "qk_metric",
+            "center_keys",
+            "row_order",
+            "joint_rows",
+            "late_grids",
+            *_GPTQ,
+        ),
+    ),
+    "turboboa": Page(
+        authors="the authors of BoA: TurboBoA, ICLR 2026",
+        what="""
+            BoA with three changes: rows of a block are quantized together, scales are fitted late, on rows that are
+            corrected already, and the target contains a part of the error of the blocks before. At the end scales are
+            re-fitted and codes revisited, across the rows of a head.
+        """,
+        when="Instead of `boa`, where its steps in sequence are what takes time, as on a GPU.",
+        cost="Fewer steps in sequence than `boa`; a float model runs beside the quantized one.",
+        limits="Those of `boa`.",
+        settings=("row_damping", "joint_rows", "late_grids", "qk_metric", "block_v", *_GPTQ),
+    ),
+    "layerwise": Page(
+        authors="Dumitru et al.: Layer-wise quantization beyond integer-bit levels, 2024",
+        what="""
+            Blocks are ranked by how much they change what passes through them (LIM: minus the cosine between input
+            and output). From the top of the ranking on, blocks get the higher of two widths, as far as the budget in
+            bytes reaches; the others get the lower one. The codes come from GPTQ, or from the solver of your choice.
+        """,
+        when="""
+            For budgets between whole numbers: `--bits 2.5`, or `--bpw 2.8` stored bits. `--set allocator=zd` ranks by
+            the weights alone, needs no pass over data, and was better on the model that we measured.
+        """,
+        cost="That of the solver; for LIM one pass of the original model over the calibration text.",
+        limits="""
+            The unit is a block: with 8 blocks a step is 0.126 bits; `granularity=linear` (with `zd` or `error`) meets
+            a budget closely. Do not expect it to reach the upper neighbour. More: docs/allocators.md.
+        """,
+        settings=("allocator", *_BUDGET, "two_sided"),
+    ),
+    "luq": Page(
+        authors="Bhatnagar, Xu, Tan, Ahuja: LUQ, layerwise ultra-low-bit quantization, TMLR 2026",
+        what="""
+            Blocks whose output activations fall into few clusters (low entropy) get 2 bits, the others 4; any average
+            between. The paper's setting is vision-language models, with pictures among the calibration data.
+        """,
+        when="""
+            To repeat the paper, with pictures in the calibration set. On a small text model it was no better than a
+            random choice of blocks.
+        """,
+        cost="That of the solver, one pass of the original model, and a clustering of 4096 tokens per block.",
+        limits="""
+            On a small model the ranking changes with the calibration text. Widths that are two bits apart did worse
+            than neighbours at the same average. More: docs/allocators.md.
+        """,
+        settings=("entropy", *_BUDGET),
+    ),
+}
