@@ -3,8 +3,9 @@
     quantkit.quantize("folder", method="gptq", bits=3)   calibrate, quantize, pack, save
     quantkit.load("folder-gptq-3b")                      the packed model, ready to generate
     quantkit.evaluate(...)                               perplexity and its companions
+    quantkit.kv_cache(model, "akvq-vl")                  a quantized KV cache, for model.generate(past_key_values=...)
 
-The three functions are resolved on first use: importing quantkit imports neither torch nor transformers nor triton.
+The functions are resolved on first use: importing quantkit imports neither torch nor transformers nor triton.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantkit.evaluation import evaluate
     from quantkit.pipeline import quantize
+    from quantkit.runtime.kv_cache import kv_cache
     from quantkit.runtime.loading import load
 
-__all__ = ["__version__", "evaluate", "load", "quantize"]
+__all__ = ["__version__", "evaluate", "kv_cache", "load", "quantize"]
 __version__ = "0.1.0"
 
 _WHERE = {
     "evaluate": "quantkit.evaluation",
+    "kv_cache": "quantkit.runtime.kv_cache",
     "load": "quantkit.runtime.loading",
     "quantize": "quantkit.pipeline",
 }

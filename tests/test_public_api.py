@@ -11,7 +11,7 @@ import quantkit
 
 
 def test_names() -> None:
-    assert quantkit.__all__ == ["__version__", "evaluate", "load", "quantize"]
+    assert quantkit.__all__ == ["__version__", "evaluate", "kv_cache", "load", "quantize"]
     assert dir(quantkit) == quantkit.__all__
     assert quantkit.load.__module__ == "quantkit.runtime.loading"
     with pytest.raises(AttributeError, match="module 'quantkit' has no attribute 'qantize'"):
