@@ -79,6 +79,8 @@ class Recipe:
         default=0.0, metadata={"help": "aim at the float model's outputs: 0 not, 1 all the way, 0.5 recommended"}
     )
     refine: int = field(default=0, metadata={"help": "rounds of least-squares scales and coordinate descent after it"})
+    embedding_bits: int = field(default=0, metadata={"help": "of the input embedding: 0 (16 bits, as it is), 4 or 8"})
+    head_bits: int = field(default=0, metadata={"help": "of the output head: 0, 4 or 8; tied ones need the same"})
     sequential: bool = field(default=False, metadata={"help": "quantize a block in stages, re-reading inputs"})
     criterion: str = field(default="mse", metadata={"help": "sba: mse (Hessian) or kl (the authors')"})
     row_damping: float = field(default=0.3, metadata={"help": "boa: damping across rows; the more, the nearer to gptq"})
@@ -114,6 +116,9 @@ class Recipe:
         for name in ("damping", "row_damping"):
             if not 0 <= (value := getattr(self, name)) <= 100:
                 raise RequestError(f"{name} is a fraction of mean(diag(H)), 0 to 100, not {value:g}")
+        for name in ("embedding_bits", "head_bits"):
+            if getattr(self, name) not in (0, 4, 8):
+                raise RequestError(f"{name} is 0 (16 bits, as it is), 4 or 8, not {getattr(self, name)}")
         self._check_combination()
         self._check_modalities()
         self._check_boa()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +12,6 @@ from quantkit.cli.screen import print_json, print_pairs, results, size, table
 
 if TYPE_CHECKING:
     from quantkit.formats.checkpoint import Checkpoint
-
-_KINDS = (("norms", r"norm|\bln_"), ("head", r"\b(lm_head|embed_out)\b"), ("embeddings", r"embed|\bwte\b|\bwpe\b"))
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that quantkit quantize has written.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Compare every file with its SHA-256 in checksums.json.")]
@@ -36,6 +33,8 @@ def inspect(folder: Folder, verify: Verify = False, as_json: Json = False, debug
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Everything that ``--json`` prints."""
+    from quantkit.formats.accounting import QUANTIZED, account, is_end
+
     quantization, errors = checkpoint.quantization_config, _relative_errors(checkpoint.folder)
     modules = [
         {
@@ -49,17 +48,18 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         | {key: value for key, value in module.spec.to_json().items() if key not in ("out_features", "in_features")}
         for module in sorted(checkpoint.modules.values(), key=lambda module: _natural(module.name))
     ]
-    n_weights = sum(module.spec.n_weights for module in checkpoint.modules.values())
-    totals = _bytes_by_kind(checkpoint)
+    total = account(checkpoint.modules.values(), checkpoint.tensors.values())
+    n_weights = sum(item.spec.n_weights for item in checkpoint.modules.values() if not is_end(item.name))
     return {
         "folder": str(checkpoint.folder),
         "method": (quantization.get("recipe") or {}).get("method"),
         "quantkit_version": quantization.get("quantkit_version"),
         "format_version": quantization["format_version"],
         "calibration": quantization.get("calibration"),
-        "bpw": 8 * totals["quantized"] / n_weights,
-        "size_bytes": sum(totals.values()),
-        "bytes": totals,
+        "bpw": 8 * total.bytes[QUANTIZED] / n_weights,
+        "bits_per_parameter": total.bits_per_parameter,
+        "size_bytes": total.n_bytes,
+        "bytes": total.bytes,
         "modules": modules,
     }
 
@@ -76,16 +76,6 @@ def _relative_errors(folder: Path) -> dict[str, float]:
     path = folder / "report.json"
     rows = read_json(path).get("modules", []) if path.is_file() else []
     return {row["name"]: row["relative_error"] for row in rows if "relative_error" in row}
-
-
-def _bytes_by_kind(checkpoint: Checkpoint) -> dict[str, int]:
-    """Bytes of the packed modules' tensors, and of all others by what their names say."""
-    packed = {f"{module.prefix}.{key}" for module in checkpoint.modules.values() for key in module.spec.tensor_layout()}
-    totals = dict.fromkeys(("quantized", "embeddings", "head", "norms", "other"), 0)
-    for name, ref in checkpoint.tensors.items():
-        kind = next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")
-        totals["quantized" if name in packed else kind] += ref.n_bytes
-    return totals
 
 
 def _show(described: dict[str, Any]) -> None:
@@ -110,7 +100,9 @@ def _show(described: dict[str, Any]) -> None:
     rows.append(("calibration", calibration.get("protocol", "none")))
     rows.append(("bits per weight", f"{described['bpw']:.3f} in the quantized layers"))
     rows += [(kind, size(n_bytes)) for kind, n_bytes in described["bytes"].items() if n_bytes or kind == "quantized"]
-    rows.append(("in all", size(described["size_bytes"])))
+    rows.append(
+        ("in all", f"{size(described['size_bytes'])}, {described['bits_per_parameter']:.3f} bits per parameter")
+    )
     if described.get("verified"):
         rows.append(("checksums", "all files match"))
     print_pairs(screen, rows)

@@ -17,6 +17,7 @@ from quantkit.cli.screen import (
     duration,
     note,
     notes,
+    places,
     print_json,
     print_pairs,
     quiet_libraries,
@@ -206,6 +207,7 @@ def _show_result(result: QuantizeResult, request: QuantizeRequest) -> None:
         [
             ("size", f"{size(result.original_bytes)} -> {size(result.size_bytes)} ({ratio:.2f} times smaller)"),
             ("bits per weight", f"{result.bpw:.3f} in the quantized layers, scales and zeros included"),
+            ("whole model", f"{result.bits_per_parameter:.3f} bits per parameter: {places(result.bytes)}"),
             ("time", duration(result.seconds)),
             ("peak memory", size(result.peak_rss_bytes)),
         ],
@@ -239,7 +241,7 @@ def _show_plan(plan: Plan, request: QuantizeRequest) -> None:
     screen = results()
     made = table("layers", "count", "shape", "bpw", "bytes", numbers=("count", "shape", "bpw", "bytes"))
     alike: dict[tuple[str, Any], int] = {}
-    for name, spec in plan.modules:
+    for name, spec in (*plan.modules, *plan.outside):
         kind = (re.sub(r"\.\d+(?=\.|$)", ".*", name), spec)
         alike[kind] = alike.get(kind, 0) + 1
     for (name, spec), count in alike.items():
@@ -257,6 +259,7 @@ def _show_plan(plan: Plan, request: QuantizeRequest) -> None:
             ("blocks", str(plan.n_blocks)),
             ("size", f"{size(plan.original_bytes)} -> {size(plan.output_bytes)}"),
             ("bits per weight", f"{'at most ' if plan.at_most else ''}{plan.bpw:.3f} in the quantized layers"),
+            ("whole model", f"{plan.account.bits_per_parameter:.3f} bits per parameter: {places(plan.account.bytes)}"),
             ("peak memory", f"about {size(plan.peak_memory_bytes)}"),
             ("time", f"about {duration(plan.seconds)}"),
             ("output", f"{request.output} (nothing was written)"),

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from typing import Any
@@ -91,6 +91,15 @@ def size(n_bytes: float) -> str:
         if n_bytes < 999.5 or unit == "TB":
             break
     return f"{n_bytes:.{2 if n_bytes < 9.995 else 1 if n_bytes < 99.95 else 0}f} {unit}"
+
+
+def places(n_bytes: Mapping[str, int]) -> str:
+    """Where the bytes went, empty places left out.
+
+    >>> places({"quantized": 1_500_000, "embeddings": 999, "head": 0})
+    'quantized 1.50 MB, embeddings 999 B'
+    """
+    return ", ".join(f"{kind} {size(count)}" for kind, count in n_bytes.items() if count)
 
 
 def duration(seconds: float) -> str:

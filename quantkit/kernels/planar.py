@@ -189,6 +189,19 @@ def from_planar(spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> dict[str, T
     return {name: stored[name] for name in spec.tensor_layout()}
 
 
+def planar_rows(rows: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Some rows of a weight of one segment: codes ``[n, in]``, scales and zeros ``[n, groups]`` (symmetric: None)."""
+    (segment,) = planar_segments(spec)
+    words = _segment_words(tensors["planar"], padded_rows(spec), segment)[rows].to(torch.int32) & 0xFFFF
+    parts = (3,) if segment.bits == 3 else ()
+    shape = (len(rows), segment.n_blocks, *parts, segment.plane_width)
+    codes = _planes_from_words(words.view(shape), segment.bits).flatten(1)[:, : spec.in_features]
+    scales = tensors["planar_scales"][: spec.n_groups, rows].t()
+    if spec.symmetric:
+        return codes, scales, None
+    return codes, scales, tensors["planar_zeros"][: spec.n_groups, rows].t()
+
+
 def _segment_words(words: Tensor, rows: int, segment: PlanarSegment) -> Tensor:
     """A segment's words as a view ``[rows, row_words]``."""
     return words[segment.word_offset :][: rows * segment.row_words].view(rows, segment.row_words)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,8 +33,8 @@ class Transform(Protocol):
         """Runtime names of the parameters that it changes; all others are left alone."""
 
     @property
-    def outside_bytes(self) -> int:
-        """Of what `write_outside` writes."""
+    def outside(self) -> Sequence[TensorRef]:
+        """What `write_outside` writes: names, dtypes and shapes of the output, places of the source."""
 
     @property
     def extra_bytes(self) -> int:

@@ -24,6 +24,7 @@ from quantkit.models.modality import sees_images
 from quantkit.models.skeleton import Skeleton
 from quantkit.pipeline.journal import Journal, refuse_existing
 from quantkit.pipeline.output import assemble
+from quantkit.pipeline.outside import outside_matrices, quantize_outside
 from quantkit.pipeline.plan import Plan, check_room, make_plan, measure_room
 from quantkit.pipeline.prepare import (
     compute_dtype,
@@ -101,16 +102,20 @@ def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeR
     settings = deciding_settings(request, skeleton, calibration, device, dtype)
     with Journal(request.output, settings, overwrite=request.overwrite) as journal, _terminable(), torch.no_grad():
         resumed = len(journal.finished)
-        walk = Walk(request, skeleton, calibration, journal, listener, device, dtype)
+        outside = outside_matrices(skeleton, request.recipe)
+        entries = quantize_outside(outside, skeleton, journal.folder)
+        walk = Walk(request, skeleton, calibration, journal, listener, device, dtype, outside)
         walk.run()
-        size = assemble(skeleton, journal, request, calibration)
+        written = assemble(skeleton, journal, request, calibration, outside, entries)
     modules = [item for block in journal.finished for item in block.modules.items()]
     specs = [spec_from_json(entry["spec"]) for _, entry in modules]
     return QuantizeResult(
         output=request.output,
         method=request.recipe.method,
         bpw=8 * sum(spec.n_bytes for spec in specs) / sum(spec.n_weights for spec in specs),
-        size_bytes=size,
+        size_bytes=written.n_bytes,
+        bytes=written.bytes,
+        bits_per_parameter=written.bits_per_parameter,
         original_bytes=plan.original_bytes,
         seconds=time.perf_counter() - began,
         peak_rss_bytes=_peak_rss(),

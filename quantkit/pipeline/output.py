@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,38 +12,51 @@ from typing import Any
 from quantkit import __version__
 from quantkit.calib.pictures import CalibrationSet
 from quantkit.errors import FileError
-from quantkit.formats.checkpoint import FORMAT_VERSION, QUANT_METHOD, write_checksums, write_model
+from quantkit.formats.accounting import Account, account
+from quantkit.formats.checkpoint import FORMAT_VERSION, QUANT_METHOD, PackedModule, write_checksums, write_model
 from quantkit.formats.files import read_json, write_json
 from quantkit.formats.safetensors_io import TensorRef, read_header
 from quantkit.formats.storage import spec_from_json
 from quantkit.models.skeleton import Skeleton
 from quantkit.pipeline.allocate import FILE as ALLOCATION
 from quantkit.pipeline.journal import Journal, refuse_existing
+from quantkit.pipeline.outside import FILE as OUTSIDE
+from quantkit.pipeline.outside import OutsideMatrix
 from quantkit.pipeline.request import QuantizeRequest
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _REPLACED = ("config.json", "model.safetensors.index.json", "recipe.json", "report.json", "checksums.json")
 
 
-def assemble(skeleton: Skeleton, journal: Journal, request: QuantizeRequest, calibration: CalibrationSet | None) -> int:
-    """Write the output folder and remove the work folder; returns the bytes of the safetensors tensors.
+def assemble(
+    skeleton: Skeleton,
+    journal: Journal,
+    request: QuantizeRequest,
+    calibration: CalibrationSet | None,
+    outside: Sequence[OutsideMatrix],
+    outside_entries: dict[str, dict[str, Any]],
+) -> Account:
+    """Write the output folder and remove the work folder; returns where the bytes of the tensors went.
 
     Raises:
         FileError: the disk is full or not writable; the work folder stays, and the same command goes on from it.
     """
     folder = journal.folder / "final"
-    modules = {name: entry for block in journal.finished for name, entry in block.modules.items()}
-    refs = _tensor_refs(skeleton, journal, modules)
-    quantization = _quantization_config(request, calibration, modules)
+    linears = {name: entry for block in journal.finished for name, entry in block.modules.items()}
+    modules = linears | outside_entries
+    refs = _tensor_refs(skeleton, journal, linears, outside)
+    quantization = _quantization_config(request, calibration, linears, modules)
+    packed = [PackedModule(name, entry["prefix"], spec_from_json(entry["spec"])) for name, entry in modules.items()]
+    written = account(packed, refs)
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         write_model(folder, refs, request.max_shard_bytes)
         _copy_companions(skeleton.folder, folder, request.trust_remote_code)
         write_json(folder / "recipe.json", request.recipe.to_json())
-        report = _report(modules, quantization["bpw"]) | _block_errors(skeleton, journal) | _allocation(journal)
-        write_json(folder / "report.json", report)
-        card = _model_card(skeleton.folder, request, quantization["bpw"], refs)
+        report = _report(modules, quantization["bpw"], written)
+        write_json(folder / "report.json", report | _block_errors(skeleton, journal) | _allocation(journal))
+        card = _model_card(skeleton.folder, request, quantization["bpw"], written)
         (folder / "README.md").write_text(card, encoding="utf-8")
         config = read_json(skeleton.folder / "config.json")
         changes = skeleton.transform.config_changes if skeleton.transform else {}
@@ -55,7 +69,7 @@ def assemble(skeleton: Skeleton, journal: Journal, request: QuantizeRequest, cal
             f"cannot write {request.output}: {error.strerror}; the same command goes on from here"
         ) from error
     journal.remove()
-    return sum(ref.n_bytes for ref in refs)
+    return written
 
 
 def _put_in_place(folder: Path, output: Path, replaced: Path) -> None:
@@ -76,22 +90,28 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _tensor_refs(skeleton: Skeleton, journal: Journal, modules: dict[str, dict[str, Any]]) -> list[TensorRef]:
+def _tensor_refs(
+    skeleton: Skeleton, journal: Journal, linears: dict[str, dict[str, Any]], outside: Sequence[OutsideMatrix]
+) -> list[TensorRef]:
     """Source tensors; packed ones instead of each quantized weight, and changed ones where a transform changed them."""
-    replaced = {f"{entry['prefix']}.weight" for entry in modules.values()}
-    packed = [ref for block in journal.finished for ref in read_header(journal.folder / block.file).values()]
-    outside = []
+    replaced = {f"{entry['prefix']}.weight" for entry in linears.values()}
+    replaced |= {ref.name for matrix in outside for ref in matrix.replaced}
+    files = [block.file for block in journal.finished] + ([OUTSIDE] if outside else [])
+    written = [ref for file in files for ref in read_header(journal.folder / file).values()]
     if skeleton.transform is not None:
         replaced |= {skeleton.source_name(name) for name in skeleton.transform.touched}
-        outside = skeleton.transform.write_outside(journal.folder)
+        written += skeleton.transform.write_outside(journal.folder)
     kept = [ref for name, ref in skeleton.tensors.items() if name not in replaced]
-    return sorted(kept + packed + outside, key=lambda ref: ref.name)
+    return sorted(kept + written, key=lambda ref: ref.name)
 
 
 def _quantization_config(
-    request: QuantizeRequest, calibration: CalibrationSet | None, modules: dict[str, dict[str, Any]]
+    request: QuantizeRequest,
+    calibration: CalibrationSet | None,
+    linears: dict[str, dict[str, Any]],
+    modules: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    specs = [spec_from_json(entry["spec"]) for entry in modules.values()]
+    specs = [spec_from_json(entry["spec"]) for entry in linears.values()]
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -104,7 +124,7 @@ def _quantization_config(
     }
 
 
-def _report(modules: dict[str, dict[str, Any]], bpw: float) -> dict[str, Any]:
+def _report(modules: dict[str, dict[str, Any]], bpw: float, written: Account) -> dict[str, Any]:
     rows = []
     for name, entry in modules.items():
         spec = spec_from_json(entry["spec"])
@@ -112,7 +132,12 @@ def _report(modules: dict[str, dict[str, Any]], bpw: float) -> dict[str, Any]:
         rows.append(
             {"name": name, "format": entry["spec"]["format"], "bpw": spec.bpw, "bytes": spec.n_bytes} | measured
         )
-    return {"bpw": bpw, "modules": rows}
+    return {
+        "bpw": bpw,  # of the blocks' linears
+        "bytes": written.bytes,
+        "bits_per_parameter": written.bits_per_parameter,  # of the whole model
+        "modules": rows,
+    }
 
 
 def _block_errors(skeleton: Skeleton, journal: Journal) -> dict[str, Any]:
@@ -137,7 +162,7 @@ def _copy_companions(source: Path, target: Path, trust_remote_code: bool) -> Non
             shutil.copyfile(path, target / path.name)
 
 
-def _model_card(source: Path, request: QuantizeRequest, bpw: float, refs: list[TensorRef]) -> str:
+def _model_card(source: Path, request: QuantizeRequest, bpw: float, written: Account) -> str:
     recipe = request.recipe
     name = Path(request.model).name if request.model != "demo" else "quantkit demo"
     licence = _licence(source)
@@ -147,11 +172,13 @@ def _model_card(source: Path, request: QuantizeRequest, bpw: float, refs: list[T
     settings = ", ".join(
         f"{key}={value}" for key, value in recipe.to_json().items() if key not in ("method", "bits", "bpw")
     )
+    places = ", ".join(f"{kind} {n_bytes / 1e6:.1f} MB" for kind, n_bytes in written.bytes.items() if n_bytes)
     body = f"""
 # {name}, {recipe.method}, {recipe.budget_name}
 
 Quantized by quantkit: {bpw:.3f} stored bits per weight in the quantized layers (codes, scales, zeros, index),
-{sum(ref.n_bytes for ref in refs) / 1e6:.1f} MB of tensors in all. Settings: {settings}.
+{written.n_bytes / 1e6:.1f} MB of tensors in all ({places}), {written.bits_per_parameter:.3f} bits per parameter of the
+whole model. Settings: {settings}.
 
 ```python
 import quantkit

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import psutil
 import torch
 
 from quantkit.errors import FileError, QuantkitError, RequestError
+from quantkit.formats.accounting import QUANTIZED, Account, kind_of
 from quantkit.formats.grouped_int import GroupedIntSpec, check_group_size
+from quantkit.formats.safetensors_io import TensorRef
 from quantkit.formats.spec import Spec
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear
@@ -21,6 +24,7 @@ from quantkit.pipeline.allocate import needs_activations
 from quantkit.pipeline.attend import attention_bytes
 from quantkit.pipeline.budget import Budget, budget_of, spec_at
 from quantkit.pipeline.journal import work_folder
+from quantkit.pipeline.outside import OutsideMatrix, outside_matrices
 from quantkit.pipeline.request import QuantizeRequest
 from quantkit.pipeline.vision import rounded_linears, vision_recipe
 from quantkit.recipe import Recipe
@@ -46,6 +50,8 @@ class Plan:
     scratch_bytes: int  # of the work folder: finished blocks, transformed tensors, hidden states offloaded to disk
     seconds: float
     transform_bytes: int = 0  # more than the source has, for an output head that can no longer share the embedding
+    outside: tuple[tuple[str, Spec], ...] = ()  # embedding and head, where they are quantized too
+    account: Account = field(default_factory=Account)  # of the whole output
     at_most: bool = False  # bytes and bpw are a bound: widths are decided when the model has been looked at
 
     @property
@@ -57,7 +63,7 @@ class Plan:
             {"name": name, "shape": [spec.out_features, spec.in_features]}
             | ({"bits": spec.segments[-1][0]} if isinstance(spec, GroupedIntSpec) else {"format": spec.format})
             | {"bpw": spec.bpw, "bytes": spec.n_bytes}
-            for name, spec in self.modules
+            for name, spec in (*self.modules, *self.outside)
         ]
         return {
             "dry_run": True,
@@ -67,6 +73,8 @@ class Plan:
             "bpw": self.bpw,
             "at_most": self.at_most,
             "size_bytes": self.output_bytes,
+            "bytes": self.account.bytes,
+            "bits_per_parameter": self.account.bits_per_parameter,
             "original_bytes": self.original_bytes,
             "transform_bytes": self.transform_bytes,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -93,29 +101,47 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
     quantized = budget.n_bytes if budget else sum(spec.n_bytes for _, spec in modules)
     quantized += sum(spec.n_bytes for _, spec in vision_modules)
     modules += tuple(vision_modules)
-    original = sum(ref.n_bytes for ref in skeleton.tensors.values())
-    replaced = sum(
-        skeleton.tensors[skeleton.source_name(f"{linear.name}.weight")].n_bytes for linear in [*linears, *vision]
-    )
-    rounded = {f"{linear.name}.weight" for linear in vision}
-    outside = [(name, "outside the decoder blocks") for name in _other_matrices(skeleton) if name not in rounded]
+    matrices = outside_matrices(skeleton, recipe)
+    total = _account(skeleton, [*linears, *vision], matrices, quantized)
+    packed = {f"{matrix.name}.weight" for matrix in matrices} | {f"{linear.name}.weight" for linear in vision}
+    outside = [(name, "outside the decoder blocks") for name in _other_matrices(skeleton) if name not in packed]
     transform = skeleton.transform
-    extra = transform.extra_bytes if transform else 0
-    scratch = quantized + (transform.outside_bytes if transform else 0)
+    scratch = quantized + sum(matrix.spec.n_bytes for matrix in matrices)
+    scratch += sum(ref.n_bytes for ref in transform.outside) if transform else 0
     return Plan(
         modules=modules,
         skipped=tuple(item for block in skeleton.blocks for item in block.skipped) + tuple(outside),
         n_blocks=len(skeleton.blocks),
         bpw=8 * quantized / sum(spec.n_weights for _, spec in modules),
         quantized_bytes=quantized,
-        other_bytes=original - replaced + extra,
-        original_bytes=original,
-        peak_memory_bytes=_peak_memory(skeleton, request, seq_len) + (0 if request.offload == "disk" else states),
+        other_bytes=total.n_bytes - quantized,
+        outside=tuple((matrix.name, matrix.spec) for matrix in matrices),
+        account=total,
+        original_bytes=sum(ref.n_bytes for ref in skeleton.tensors.values()),
+        peak_memory_bytes=max(_peak_memory(skeleton, request, seq_len), _outside_memory(matrices))
+        + (0 if request.offload == "disk" else states),
         scratch_bytes=scratch + (states if request.offload == "disk" else 0),
         seconds=_estimate_seconds(skeleton, request, seq_len, device),
-        transform_bytes=extra,
+        transform_bytes=transform.extra_bytes if transform else 0,
         at_most=recipe.allocator != "uniform",
     )
+
+
+def _account(skeleton: Skeleton, linears: list[Linear], matrices: tuple[OutsideMatrix, ...], quantized: int) -> Account:
+    """Where the bytes of the output will go."""
+    total = Account()
+    total.add(QUANTIZED, quantized, sum(linear.n_weights for linear in linears))
+    replaced = {skeleton.source_name(f"{linear.name}.weight") for linear in linears}
+    for matrix in matrices:
+        total.add(kind_of(matrix.name), matrix.spec.n_bytes, matrix.spec.n_weights)
+        replaced |= {ref.name for ref in matrix.replaced}
+    changed: Sequence[TensorRef] = skeleton.transform.outside if skeleton.transform else ()
+    if skeleton.transform:  # inside the blocks it changes no size
+        replaced |= {skeleton.source_name(name) for name in skeleton.transform.touched if not skeleton.in_blocks(name)}
+    kept = [ref for ref in skeleton.tensors.values() if ref.name not in replaced]
+    for ref in (*kept, *changed):
+        total.add(kind_of(ref.name), ref.n_bytes, math.prod(ref.shape))
+    return total
 
 
 def _planned_spec(linear: Linear, recipe: Recipe, budget: Budget | None) -> Spec:
@@ -159,6 +185,12 @@ def _peak_memory(skeleton: Skeleton, request: QuantizeRequest, seq_len: int) -> 
     modules = map(skeleton.block_module, range(len(skeleton.blocks)))
     walk += max(attention_bytes(module, request.recipe, seq_len) for module in modules)
     return _BASE_BYTES + max(_surroundings_bytes(skeleton) + activations, walk)
+
+
+def _outside_memory(matrices: tuple[OutsideMatrix, ...]) -> int:
+    """A table as it is stored, its codes twice, and a piece of it in work."""
+    tables = [matrix.replaced[0].n_bytes + 3 * matrix.spec.n_weights for matrix in matrices]
+    return _BASE_BYTES + max(tables, default=0) + (24 << 24 if tables else 0)
 
 
 def _n_streams(recipe: Recipe) -> int:

@@ -16,6 +16,7 @@ from quantkit.errors import RequestError
 from quantkit.models.hub import download
 from quantkit.models.modality import sees_images
 from quantkit.models.skeleton import Skeleton
+from quantkit.pipeline.outside import packed_parameters
 from quantkit.pipeline.request import QuantizeRequest
 from quantkit.pipeline.rotate import StreamRotation
 from quantkit.runtime.loading import load_processor, load_tokenizer
@@ -34,7 +35,8 @@ def open_model(request: QuantizeRequest) -> tuple[Skeleton, torch.device]:
     folder = found if isinstance(found, Path) else download(found)
     skeleton = Skeleton(folder, trust_remote_code=request.trust_remote_code)
     if request.recipe.transform == "hadamard":
-        skeleton.transform = StreamRotation(skeleton, request.seed, device)
+        packed = packed_parameters(skeleton, request.recipe)
+        skeleton.transform = StreamRotation(skeleton, request.seed, device, packed)
     return skeleton, device
 
 

@@ -63,8 +63,10 @@ class QuantizeResult:
 
     output: Path
     method: str
-    bpw: float
+    bpw: float  # stored bits per weight of the blocks' quantized linears
     size_bytes: int
+    bytes: dict[str, int]  # where they went: quantized, embeddings, head, norms, other
+    bits_per_parameter: float  # of the whole model
     original_bytes: int
     seconds: float
     peak_rss_bytes: int
@@ -77,6 +79,8 @@ class QuantizeResult:
             "method": self.method,
             "bpw": self.bpw,
             "size_bytes": self.size_bytes,
+            "bytes": self.bytes,
+            "bits_per_parameter": self.bits_per_parameter,
             "original_bytes": self.original_bytes,
             "seconds": round(self.seconds, 3),
             "peak_rss_bytes": self.peak_rss_bytes,

@@ -38,12 +38,15 @@ class StreamRotation:
         skeleton: of the model; its own transform is left alone.
         seed: of the rotation.
         device: where weights are rotated.
+        packed: parameters outside the blocks that are stored packed, by whoever quantizes them.
 
     Raises:
         RequestError: the model does not compute the same on a rotated stream; no weight has been read.
     """
 
-    def __init__(self, skeleton: Skeleton, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, skeleton: Skeleton, seed: int, device: torch.device, packed: Collection[str] = frozenset()
+    ) -> None:
         hidden: int = skeleton.config.get_text_config(decoder=True).hidden_size
         self.rotation: Rotation = hadamard_rotation(hidden, seed)
         self.stream: Stream = find_stream(skeleton, self.rotation.apply)
@@ -51,7 +54,9 @@ class StreamRotation:
         linears = (linear for block in skeleton.blocks for linear in block.linears)
         self._quantized = {f"{linear.name}.weight" for linear in linears}
         self._stored = _stored(skeleton, self.touched - self._quantized)
-        self._outside = [item for item in self._stored if not skeleton.in_blocks(item.parameter)]
+        self._outside = [
+            item for item in self._stored if not skeleton.in_blocks(item.parameter) and item.parameter not in packed
+        ]
 
     @property
     def touched(self) -> frozenset[str]:
@@ -93,12 +98,13 @@ class StreamRotation:
         return refs
 
     @property
-    def outside_bytes(self) -> int:
-        return sum(item.ref.n_bytes for item in self._outside)
+    def outside(self) -> list[TensorRef]:
+        return [replace(item.ref, name=item.name) for item in self._outside]
 
     @property
     def extra_bytes(self) -> int:
-        return self.outside_bytes - sum({item.ref.name: item.ref.n_bytes for item in self._outside}.values())
+        stored = {item.ref.name: item.ref.n_bytes for item in self._outside}
+        return sum(item.ref.n_bytes for item in self._outside) - sum(stored.values())
 
     @property
     def config_changes(self) -> dict[str, Any]:

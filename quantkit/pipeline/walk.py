@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from quantkit.pipeline.allocate import Allocator, ScoredBlock, needs_activations
 from quantkit.pipeline.attend import AttentionWatch
 from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.modality import modality_errors, probes, token_weights
+from quantkit.pipeline.outside import OutsideMatrix, set_embedding
 from quantkit.pipeline.request import Listener, ModuleReport, QuantizeRequest
 from quantkit.pipeline.solve import SAMPLE_ROWS, Solved, solve_linear
 from quantkit.pipeline.vision import round_vision, solve_vision
@@ -41,12 +42,14 @@ class Walk:
         listener: Listener,
         device: torch.device,
         dtype: torch.dtype,
+        outside: Sequence[OutsideMatrix] = (),
     ) -> None:
         self.recipe = request.recipe
         self.skeleton, self.journal, self.listener = skeleton, journal, listener
         self.device, self.dtype = device, dtype
         self.calibration = calibration
         self.image_masks = calibration.image_masks if calibration is not None else None
+        self.outside = outside  # quantized already: the blocks see the stored embedding
         self.seed = request.seed
         self.offload = "cpu" if device.type == "cpu" and request.offload == "none" else request.offload
         self.hidden = HiddenStates(self.offload, journal.folder)
@@ -70,9 +73,11 @@ class Walk:
             allocator = Allocator(self.recipe, blocks, self.seed, self.listener)
             self.widths = allocator.widths(self.journal.folder, self._original_blocks())
         if self.calibration is not None and n_finished < len(blocks):
-            self._capture(self.calibration)
             if self.recipe.correction:
+                self._capture(self.calibration, original=True)
                 self._fork_float_stream()
+            if self.outside or self.recipe.vision_bits is not None or not self.recipe.correction:
+                self._capture(self.calibration)
         for index, block in enumerate(blocks):
             if index >= n_finished:
                 self._quantize_block(index, block)
@@ -85,7 +90,7 @@ class Walk:
         """The unquantized model block by block, for an allocator to look at."""
         if needs_activations(self.recipe):
             assert self.calibration is not None
-            self._capture(self.calibration)
+            self._capture(self.calibration, original=True)
         for index in range(len(self.skeleton.blocks)):
             module = self.skeleton.load_block(index, self.device, self.dtype)
             outcomes, forward = self._outcomes(index, module), partial(self._forward, index, module)
@@ -100,10 +105,13 @@ class Walk:
             yield self.hidden[sample], after
             self.hidden[sample] = after
 
-    def _capture(self, calibration: CalibrationSet) -> None:
+    def _capture(self, calibration: CalibrationSet, original: bool = False) -> None:
+        """What enters the first block: of the source, or with what is rounded around the blocks as it is stored."""
         self.hidden = HiddenStates(self.offload, self.journal.folder)
         self.skeleton.load_surroundings(self.device, self.dtype)
-        round_vision(self.skeleton, self.recipe)
+        if not original:
+            round_vision(self.skeleton, self.recipe)
+            set_embedding(self.skeleton.model.get_input_embeddings().weight, self.outside, self.journal.folder)
         modules = [self.skeleton.block_module(index) for index in range(len(self.skeleton.blocks))]
         model = self.skeleton.model
         samples = (for_forward(model, inputs, self.device, self.dtype) for inputs in calibration.inputs())

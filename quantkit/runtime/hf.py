@@ -31,8 +31,11 @@ from quantkit.formats.checkpoint import (
     parse_modules,
     read_header,
 )
+from quantkit.formats.grouped_int import GroupedIntSpec
+from quantkit.models.embeddings import embedding_scale
 from quantkit.models.experts import unfuse_experts
-from quantkit.runtime.packed_linear import PackedLinear
+from quantkit.runtime.packed_embedding import PackedEmbedding, TiedHead
+from quantkit.runtime.packed_linear import PackedLinear, PackedWeight
 
 
 class QuantkitConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped
@@ -72,6 +75,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         for module in self.modules.values():
             _swap(model, module)
         _untie_packed_head(model, self.modules)
+        _share_packed_embedding(model, self.modules)
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
@@ -90,7 +94,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._check_shapes(model)
         for name, module in model.named_modules():
-            if not isinstance(module, PackedLinear) or any(tensor.is_meta for tensor in module.buffers()):
+            if not isinstance(module, PackedWeight) or any(tensor.is_meta for tensor in module.buffers()):
                 continue  # meta: offloaded, an accelerate hook reads the tensors for each call
             check_values(name, module.spec, module.stored_tensors())
             module.weight = module.weight.to(model.dtype)  # as loaded it is float16, like in the file
@@ -123,28 +127,40 @@ def _has_module(model: nn.Module, name: str) -> bool:
 
 
 def _swap(model: nn.Module, packed: PackedModule) -> None:
-    """Put a `PackedLinear` where the model has the linear of that name."""
+    """Put a `PackedLinear` or a `PackedEmbedding` where the model has the module of that name."""
     if not _has_module(model, packed.name):
         raise FileError(
             f"quantization_config: the model has no module {packed.name}; wrong config.json for these files"
         )
-    linear = model.get_submodule(packed.name)
-    if not isinstance(linear, nn.Linear):
-        kind = type(linear).__name__
+    module = model.get_submodule(packed.name)
+    if not isinstance(module, nn.Linear | nn.Embedding):
+        kind = type(module).__name__
         raise FileError(f"quantization_config: module {packed.name} is a {kind}, only linears are packed")
-    found = (linear.out_features, linear.in_features)
+    found = tuple(module.weight.shape)
     required = (packed.spec.out_features, packed.spec.in_features)
     if found != required:
         raise FileError(f"quantization_config: module {packed.name} is {found} in the model, {required} in its spec")
     parent, _, child = packed.name.rpartition(".")
-    replacement = PackedLinear(
+    replacement = _packed_linear(packed, module) if isinstance(module, nn.Linear) else _packed_embedding(packed, module)
+    setattr(model.get_submodule(parent), child, replacement.train(module.training))
+
+
+def _packed_linear(packed: PackedModule, linear: nn.Linear) -> PackedLinear:
+    return PackedLinear(
         packed.spec,
         bias=linear.bias is not None,
         dtype=linear.weight.dtype,
         tripwire=has_tripwire(packed.name),
         device=linear.weight.device,
     )
-    setattr(model.get_submodule(parent), child, replacement.train(linear.training))
+
+
+def _packed_embedding(packed: PackedModule, embedding: nn.Embedding) -> PackedEmbedding:
+    spec = packed.spec
+    if not isinstance(spec, GroupedIntSpec) or len(spec.segments) > 1:
+        raise FileError(f"quantization_config: module {packed.name} is an embedding, which is stored in one width only")
+    scale = embedding_scale(embedding)
+    return PackedEmbedding(spec, scale=scale, dtype=embedding.weight.dtype, device=embedding.weight.device)
 
 
 def _untie_packed_head(model: Any, modules: dict[str, PackedModule]) -> None:
@@ -155,6 +171,20 @@ def _untie_packed_head(model: Any, modules: dict[str, PackedModule]) -> None:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
         model.all_tied_weights_keys = {target: source for target, source in tied.items() if target not in packed}
+
+
+def _share_packed_embedding(model: Any, modules: dict[str, PackedModule]) -> None:
+    """A head that the model ties to an embedding computes from the embedding's packed table."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    shared = {target: source for target, source in tied.items() if source.removesuffix(".weight") in modules}
+    for target, source in shared.items():
+        name = target.removesuffix(".weight")
+        embedding, head = model.get_submodule(source.removesuffix(".weight")), model.get_submodule(name)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, TiedHead(embedding, head.bias).train(head.training))
+    if shared:  # there is no weight left to tie, now or when tie_weights() reads the class's rules again
+        model.all_tied_weights_keys = {key: value for key, value in tied.items() if key not in shared}
+        model._tied_weights_keys = dict(model.all_tied_weights_keys)
 
 
 def _stacks_experts(conversion: Any) -> bool:

@@ -1,4 +1,7 @@
-"""`PackedLinear`: an ``nn.Linear`` that keeps its weight as the packed tensors of a storage format."""
+"""`PackedLinear`: an ``nn.Linear`` that keeps its weight as the packed tensors of a storage format.
+
+`PackedWeight` is what it shares with `packed_embedding.PackedEmbedding`: buffers, device forms, moves, state dicts.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,27 @@ from quantkit.formats.spec import Spec
 from quantkit.kernels.storage import kernel_of
 
 
-class PackedLinear(nn.Module):
-    """``y = x W^T + bias`` from packed bytes of any storage format; the dense weight never exists.
+class PackedWeight(nn.Module):
+    """A module whose weight is held as the packed tensors of a storage format; the dense weight never exists.
 
     Buffers: the stored tensors exactly as ``spec.tensor_layout()`` names, types and shapes them, and a zero-element
     ``weight``, which is the checkpoint's tripwire and tells code that peeks at ``linear.weight.dtype`` and ``.device``
-    what it wants to know. On a CUDA device the stored tensors are replaced by their planar equal (kernels/planar.py):
-    one copy is held, never both. A state dict always has the stored tensors, byte for byte.
+    what it wants to know. On a CUDA device the stored tensors are replaced by their planar equal (kernels/planar.py)
+    where the format has one: one copy is held, never both. A state dict always has the stored tensors, byte for byte.
 
     Args:
         spec: shape and storage of the weight.
-        bias: whether there is a bias, a parameter in ``dtype``.
         dtype: compute dtype of the model around this module; converting the model never touches the packed tensors.
         tripwire: whether a state dict holds the zero-element ``weight``, there always float16.
         device: of all tensors, uninitialized until loaded; "meta" works.
     """
 
     weight: Tensor
-    bias: nn.Parameter | None
 
     def __init__(
         self,
         spec: Spec,
         *,
-        bias: bool = False,
         dtype: torch.dtype = torch.float32,
         tripwire: bool = True,
         device: torch.device | str | None = None,
@@ -45,18 +45,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.spec = spec
         self.kernel = kernel_of(spec)
-        self.in_features = spec.in_features
-        self.out_features = spec.out_features
         self.packed_names = tuple(spec.tensor_layout())  # the buffers that hold the weight, in the present form
         for name, (stored_dtype, shape) in spec.tensor_layout().items():
             self.register_buffer(name, torch.empty(shape, dtype=stored_dtype, device=device))
         self.register_buffer(TRIPWIRE, torch.empty(0, dtype=dtype, device=device), persistent=tripwire)
-        value = nn.Parameter(torch.empty(spec.out_features, dtype=dtype, device=device), requires_grad=False)
-        self.register_parameter("bias", value if bias else None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
-        return self.kernel.matmul(x, self.spec, self.packed_tensors(), self.bias)
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The weight's buffers in the form in which they are held."""
@@ -98,10 +90,10 @@ class PackedLinear(nn.Module):
         self.packed_names = tuple(tensors)
 
     def extra_repr(self) -> str:
-        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        shape = f"in_features={self.spec.in_features}, out_features={self.spec.out_features}"
         return f"{shape}, {self.spec.describe()}, bpw={self.spec.bpw:.3f}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         """Moves between devices reach every tensor; conversions (``.half()``, ``.to(dtype)``) spare the packed ones."""
         self.use_stored_form()
         packed = {id(tensor) for tensor in self.packed_tensors().values()}
@@ -127,3 +119,37 @@ class PackedLinear(nn.Module):
         self.use_stored_form()
         super()._load_from_state_dict(*args, **kwargs)
         self.use_device_form()
+
+
+class PackedLinear(PackedWeight):
+    """``y = x W^T + bias`` from packed bytes of any storage format.
+
+    Args:
+        spec, dtype, tripwire, device: see `PackedWeight`.
+        bias: whether there is a bias, a parameter in ``dtype``.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        tripwire: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(spec, dtype=dtype, tripwire=tripwire, device=device)
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        value = nn.Parameter(torch.empty(spec.out_features, dtype=dtype, device=device), requires_grad=False)
+        self.register_parameter("bias", value if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x``."""
+        return self.kernel.matmul(x, self.spec, self.packed_tensors(), self.bias)
+
+    def extra_repr(self) -> str:
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, {self.spec.describe()}, bpw={self.spec.bpw:.3f}"

@@ -23,6 +23,8 @@ KEYS = {
     "method",
     "bpw",
     "size_bytes",
+    "bytes",
+    "bits_per_parameter",
     "original_bytes",
     "seconds",
     "peak_rss_bytes",
@@ -59,8 +61,10 @@ def test_the_last_screen_is_the_answer(inputs: Inputs, tmp_path: Path) -> None:
     before, after = 4 * weights + rest, weights * (4 + 20 / 32) / 8 + rest
     assert lines[0] == f"size             {size(before)} -> {size(after)} ({before / after:.2f} times smaller)"
     assert lines[1].startswith("bits per weight  4.625 ")
-    assert lines[2].startswith("time")
-    assert lines[3].startswith("peak memory")
+    parameters = weights + 2 * 288 * 64 + 5 * 64
+    assert lines[2].startswith(f"whole model      {8 * after / parameters:.3f} bits per parameter: quantized ")
+    assert lines[3].startswith("time")
+    assert lines[4].startswith("peak memory")
     worst = [float(line.split()[-1]) for line in lines if line.startswith("model.layers.")]
     assert len(worst) == 5
     assert worst == sorted(worst, reverse=True)

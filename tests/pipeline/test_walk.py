@@ -184,6 +184,8 @@ def test_result_says_what_was_done(llama: Path, text: Path, tmp_path: Path) -> N
         "method",
         "bpw",
         "size_bytes",
+        "bytes",
+        "bits_per_parameter",
         "original_bytes",
         "seconds",
         "peak_rss_bytes",
