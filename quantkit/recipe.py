@@ -63,6 +63,9 @@ class Recipe:
     group_size: int | None = field(default=128, metadata={"help": "input columns per scale; 0: one scale per row"})
     symmetric: bool = field(default=False, metadata={"help": "zero fixed at the middle of the grid, not stored"})
     transform: str = field(default="none", metadata={"help": "what is done to the weights before they are quantized"})
+    rotate_values: bool = field(
+        default=False, metadata={"help": "hadamard: values too, head by head, undone by the output projection"}
+    )
     allocator: str = field(default="uniform", metadata={"help": "who gets how many bits"})
     lo: int | None = field(default=None, metadata={"help": "the lower width of an allocator; none: the next below"})
     hi: int | None = field(default=None, metadata={"help": "the higher width of an allocator; none: the next above"})
@@ -131,6 +134,8 @@ class Recipe:
             raise RequestError("allocator=sba with symmetric grids is not supported: its 1-bit groups need a free zero")
         if self.allocator == "sba" and self.group_size is None:
             raise RequestError("allocator=sba needs groups: its unit is a group of columns; use --group-size 128")
+        if self.rotate_values and self.transform != "hadamard":
+            raise RequestError("rotate_values is a part of transform=hadamard; set both")
         if self.act_order != "none" and self.solver == "rtn":
             raise RequestError("act_order orders the compensation of errors; solver=rtn compensates none")
         if not 0 <= self.correction <= 1:

@@ -292,6 +292,7 @@ def test_refused_settings(setting: str, message: str) -> None:
         ),
         ("slim", ["group_size=0"], "allocator=sba needs groups: its unit is a group of columns; use --group-size 128"),
         ("slim", ["bits=2.5"], "--bits 2.5 needs an allocator: allocator=sba"),
+        ("gptq", ["rotate_values=true"], "rotate_values is a part of transform=hadamard; set both"),
         ("rtn", ["act_order=full"], "act_order orders the compensation of errors; solver=rtn compensates none"),
         ("rtn", ["correction=0.5"], "correction changes what a compensating solver aims at; solver=rtn compensates"),
         ("layerwise", ["lo=4", "hi=2"], "lo and hi are widths from 1 to 8, lo below hi, not 4 and 2"),

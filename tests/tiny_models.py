@@ -52,6 +52,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 # Not in FAMILIES: no test needs it for every family
 _EXTRA = {
+    "deepseek_v3": {
+        **_COMMON,
+        "intermediate_size": INTERMEDIATE,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+    },
     "mixtral": _GROUPED,
     "olmoe": {**_COMMON, "intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
 }

@@ -58,8 +58,8 @@ FIGURES: tuple[Figure, ...] = (
     Figure("luq", "", "2.5 g128", 2.644, 7.597, 105.6),
 )
 
-_GPTQ = ("grid", "damping", "act_order", "sequential", "correction", "refine", "transform")
-_BUDGET = ("bpw", "lo", "hi", "granularity", "tie", "reverse", "solver", "grid", "transform")
+_GPTQ = ("grid", "damping", "act_order", "sequential", "correction", "refine", "transform", "rotate_values")
+_BUDGET = ("bpw", "lo", "hi", "granularity", "tie", "reverse", "solver", "grid", "transform", "rotate_values")
 
 PAGES: dict[str, Page] = {
     "rtn": Page(
@@ -77,7 +77,7 @@ PAGES: dict[str, Page] = {
             At 2 bits the model is unusable. Scales that are searched (`--set grid=mse`, or `grid=hessian`, which
             needs data) help.
         """,
-        settings=("grid", "transform"),
+        settings=("grid", "transform", "rotate_values"),
     ),
     "gptq": Page(
         authors="Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, accurate post-training quantization, 2022",

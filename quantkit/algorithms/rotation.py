@@ -84,6 +84,16 @@ def hadamard_rotation(size: int, seed: int) -> Rotation:
     return Rotation(signs, (*factors, *last))
 
 
+def rotate_heads(x: Tensor, head_dim: int, seed: int) -> Tensor:
+    """Each head of the last axis, ``[..., heads * head_dim]``, times the same randomized Hadamard matrix.
+
+    Attention mixes values with the same weights in all dimensions of a head; so where values are rotated so, and the
+    output projection's columns too, the model computes what it did (SpinQuant's R2).
+    """
+    heads = x.reshape(*x.shape[:-1], -1, head_dim)
+    return hadamard_rotation(head_dim, seed).apply(heads).reshape(x.shape)
+
+
 def fold_input(weight: Tensor, gain: Tensor, rotation: Rotation) -> Tensor:
     """What reads the rotated stream behind a norm without gain as ``weight`` read it: W diag(g) Q.
 

@@ -7,13 +7,15 @@ whose outputs have the hidden size; the embedding writes too. Whether that is al
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.errors import RequestError
+from quantkit.models.attention import Attention, Projection, find_attention
 from quantkit.models.miniature import LowRank, Miniature
 from quantkit.models.skeleton import Skeleton
 
@@ -30,23 +32,32 @@ class Stream:
         writers: weights ``[hidden, in]`` and biases ``[hidden]`` of what is added to the stream.
         embeddings: weights ``[rows, hidden]`` whose rows the stream begins with.
         norms: weight ``[hidden]`` of a norm that readers follow, to o, where its gain is o + weight (Gemma: 1, else 0).
+        values: weights and biases some of whose rows compute values, to where those are; empty unless they are rotated.
+        mixed: weights ``[hidden, heads * head_dim]`` that read what attention mixes of values, to head_dim; likewise.
     """
 
     readers: dict[str, str]
     writers: frozenset[str]
     embeddings: frozenset[str]
     norms: dict[str, float]
+    values: dict[str, Projection] = field(default_factory=dict)
+    mixed: dict[str, int] = field(default_factory=dict)
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self.readers) | self.writers | self.embeddings | frozenset(self.norms)
+        named = (self.readers, self.writers, self.embeddings, self.norms, self.values, self.mixed)
+        return frozenset(name for group in named for name in group)
 
 
-def find_stream(skeleton: Skeleton, rotate: Callable[[Tensor], Tensor]) -> Stream:
+def find_stream(
+    skeleton: Skeleton, rotate: Callable[[Tensor], Tensor], rotate_heads: Callable[[Tensor, int], Tensor] | None = None
+) -> Stream:
     """The stream of a model, none of whose weights is read.
 
     Args:
         rotate: an orthogonal map of the last axis, ``[..., hidden]``; applied to the miniature.
+        rotate_heads: (x, head_dim), one that acts alike on each head of the last axis, ``[..., heads * head_dim]``;
+            with it values are rotated too.
 
     Raises:
         RequestError: the model does not compute the same on a rotated stream; says why.
@@ -55,24 +66,36 @@ def find_stream(skeleton: Skeleton, rotate: Callable[[Tensor], Tensor]) -> Strea
     config = skeleton.config.get_text_config(decoder=True)
     if config is not skeleton.config:
         raise RequestError(f"{kind}: only models of text alone are rotated so far; use transform=none")
-    try:
+    with _explained(kind):
         miniature = Miniature(skeleton)
         found = _Search(miniature, config.hidden_size)
         stream = found.stream()
+    if rotate_heads is not None:
+        stream = _with_values(miniature, stream)
+    with _explained(kind):
         before = miniature.run()
         fold_miniature(miniature, stream, rotate)
+        if rotate_heads is not None:
+            fold_values(miniature, stream, rotate_heads)
         difference = float((miniature.run() - before).norm() / before.norm())
-    except RequestError as error:
-        raise RequestError(f"{kind}: its residual stream cannot be rotated: {error}; use transform=none") from error
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:  # whatever its code raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RequestError(
-            f"{kind}: cannot tell whether its residual stream can be rotated ({reason}); use transform=none"
-        ) from error
     if not difference < _TOLERANCE:
         reason = found.obstacle() or f"on random weights the outputs change by {difference:.2g} of their size"
         raise RequestError(f"{kind}: its residual stream cannot be rotated: {reason}; use transform=none")
     return _for_all_blocks(miniature, stream)
+
+
+@contextmanager
+def _explained(kind: str) -> Iterator[None]:
+    """Errors become one line about the model class; a model's own code may raise anything."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{kind}: its residual stream cannot be rotated: {error}; use transform=none") from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RequestError(
+            f"{kind}: cannot tell whether its residual stream can be rotated ({reason}); use transform=none"
+        ) from error
 
 
 def fold_miniature(miniature: Miniature, stream: Stream, rotate: Callable[[Tensor], Tensor]) -> None:
@@ -97,6 +120,37 @@ def fold_miniature(miniature: Miniature, stream: Stream, rotate: Callable[[Tenso
         parameter.data = rotate(parameter.data)
     for name, offset in stream.norms.items():
         model.get_parameter(name).data.fill_(1 - offset)
+
+
+def fold_values(miniature: Miniature, stream: Stream, rotate_heads: Callable[[Tensor, int], Tensor]) -> None:
+    """Rotate the values of a miniature's attention head by head; ``stream`` with its names."""
+    for name, values in stream.values.items():
+        parent, _, key = name.rpartition(".")
+        module = miniature.model.get_submodule(parent)
+        target = module.left if key == "weight" else module.bias.data
+        rows = target[values.rows()]
+        turned = rotate_heads(rows.mT if rows.ndim == 2 else rows, values.head_dim)
+        target[values.rows()] = turned.mT if rows.ndim == 2 else turned
+    for name, head_dim in stream.mixed.items():
+        module = miniature.model.get_submodule(name.removesuffix(".weight"))
+        module.right = rotate_heads(module.right, head_dim)
+
+
+def _with_values(miniature: Miniature, stream: Stream) -> Stream:
+    """Raises `RequestError` where a block's attention has no values that can be told apart."""
+    values: dict[str, Projection] = {}
+    mixed: dict[str, int] = {}
+    for index, block in enumerate(miniature.model.get_submodule(miniature.block_list)):
+        name = f"{miniature.block_list}.{index}"
+        attention = find_attention(block)
+        if not isinstance(attention, Attention):
+            where = f"{miniature.block_list}.{miniature.kinds[index][0]}"
+            kind = type(miniature.model).__name__
+            raise RequestError(f"{kind}: {where} has no values to rotate ({attention.reason}); use rotate_values=false")
+        own = block.get_submodule(attention.v.path).named_parameters(recurse=False)
+        values |= {f"{name}.{attention.v.path}.{key}": attention.v for key, _ in own}
+        mixed[f"{name}.{attention.output}.weight"] = attention.v.head_dim
+    return replace(stream, values=values, mixed=mixed)
 
 
 class _Search:
@@ -194,4 +248,6 @@ def _for_all_blocks(miniature: Miniature, stream: Stream) -> Stream:
         writers=frozenset(name for each in stream.writers for name in miniature.names(each)),
         embeddings=frozenset(name for each in stream.embeddings for name in miniature.names(each)),
         norms={name: offset for each, offset in stream.norms.items() for name in miniature.names(each)},
+        values={name: values for each, values in stream.values.items() for name in miniature.names(each)},
+        mixed={name: head_dim for each, head_dim in stream.mixed.items() for name in miniature.names(each)},
     )

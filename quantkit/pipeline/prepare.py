@@ -35,8 +35,13 @@ def open_model(request: QuantizeRequest) -> tuple[Skeleton, torch.device]:
     folder = found if isinstance(found, Path) else download(found)
     skeleton = Skeleton(folder, trust_remote_code=request.trust_remote_code)
     if request.recipe.transform == "hadamard":
-        packed = packed_parameters(skeleton, request.recipe)
-        skeleton.transform = StreamRotation(skeleton, request.seed, device, packed)
+        skeleton.transform = StreamRotation(
+            skeleton,
+            request.seed,
+            device,
+            values=request.recipe.rotate_values,
+            packed=packed_parameters(skeleton, request.recipe),
+        )
     return skeleton, device
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkit.algorithms.rotation import Rotation, fold_input, fold_output, hadamard_rotation
+from quantkit.algorithms.rotation import Rotation, fold_input, fold_output, hadamard_rotation, rotate_heads
 from quantkit.formats.safetensors_io import TensorRef, read_header, read_tensor, row_pieces, write_pieces
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.stream import Stream, find_stream
@@ -37,6 +38,7 @@ class StreamRotation:
     Args:
         skeleton: of the model; its own transform is left alone.
         seed: of the rotation.
+        values: whether values are rotated too, head by head; undone by the output projection.
         device: where weights are rotated.
         packed: parameters outside the blocks that are stored packed, by whoever quantizes them.
 
@@ -45,11 +47,19 @@ class StreamRotation:
     """
 
     def __init__(
-        self, skeleton: Skeleton, seed: int, device: torch.device, packed: Collection[str] = frozenset()
+        self,
+        skeleton: Skeleton,
+        seed: int,
+        device: torch.device,
+        *,
+        values: bool = False,
+        packed: Collection[str] = frozenset(),
     ) -> None:
         hidden: int = skeleton.config.get_text_config(decoder=True).hidden_size
         self.rotation: Rotation = hadamard_rotation(hidden, seed)
-        self.stream: Stream = find_stream(skeleton, self.rotation.apply)
+        self._rotate_heads = partial(rotate_heads, seed=seed)
+        self.stream: Stream = find_stream(skeleton, self.rotation.apply, self._rotate_heads if values else None)
+        self.touched = self.stream.names
         self.skeleton, self.device = skeleton, device
         linears = (linear for block in skeleton.blocks for linear in block.linears)
         self._quantized = {f"{linear.name}.weight" for linear in linears}
@@ -58,21 +68,32 @@ class StreamRotation:
             item for item in self._stored if not skeleton.in_blocks(item.parameter) and item.parameter not in packed
         ]
 
-    @property
-    def touched(self) -> frozenset[str]:
-        return self.stream.names
-
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """Weights that are quantized come in float32 (or float64, if they are stored so), others as they are stored."""
+        stream = self.stream
+        if name in stream.norms:
+            return torch.full_like(tensor, 1 - stream.norms[name])
         working = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         dtype = working if name in self._quantized else tensor.dtype
-        if name in self.stream.norms:
-            return torch.full_like(tensor, 1 - self.stream.norms[name])
-        if name in self.stream.writers:
-            if tensor.ndim == 1:
-                return fold_output(tensor.to(working), self.rotation).to(dtype)
+        if name in stream.values or name in stream.mixed:
+            tensor = self._with_values(name, tensor.to(working))
+        if name in stream.writers and tensor.ndim == 1:
+            return fold_output(tensor.to(working), self.rotation).to(dtype)
+        if name in stream.writers:
             return _in_pieces(tensor.T, lambda rows: self.rotation.apply(rows.to(working)).to(dtype)).T.contiguous()
-        return _in_pieces(tensor, self._rows(name, working, dtype, tensor.device))
+        if name in stream.readers or name in stream.embeddings:
+            return _in_pieces(tensor, self._rows(name, working, dtype, tensor.device))
+        return tensor.to(dtype)
+
+    def _with_values(self, name: str, tensor: Tensor) -> Tensor:
+        """Rows that compute values, or columns that read them, in the heads' new bases."""
+        if name in self.stream.mixed:
+            return self._rotate_heads(tensor, self.stream.mixed[name])
+        values = self.stream.values[name]
+        rows, changed = values.rows().to(tensor.device), tensor.clone()
+        turned = self._rotate_heads(tensor[rows].mT if tensor.ndim == 2 else tensor[rows], values.head_dim)
+        changed[rows] = turned.mT if tensor.ndim == 2 else turned
+        return changed
 
     def _rows(
         self, name: str, working: torch.dtype, dtype: torch.dtype, device: torch.device

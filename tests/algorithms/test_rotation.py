@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantkit.algorithms.grids import GRIDS
-from quantkit.algorithms.rotation import fold_input, fold_output, hadamard_rotation
+from quantkit.algorithms.rotation import fold_input, fold_output, hadamard_rotation, rotate_heads
 from quantkit.algorithms.rtn import rtn
 
 # Hidden sizes of models, or small ones of their form, and odd ones.
@@ -90,6 +90,13 @@ def test_folding_changes_nothing_but_the_basis(size: int) -> None:
         fold_output(bias, rotation),
     )
     torch.testing.assert_close(turned, rotation.apply(block(x, gain, up, down, bias)), rtol=0, atol=1e-11)
+
+
+def test_heads_turn_alike() -> None:
+    x = torch.randn(3, 6 * 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Q = torch.block_diag(*[matrix(16, 5)] * 6)
+    torch.testing.assert_close(rotate_heads(x, 16, 5), x @ Q, rtol=0, atol=1e-13)
+    torch.testing.assert_close(rotate_heads(x[0], 16, 5), x[0] @ Q, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("size", [512, 896, 4096])

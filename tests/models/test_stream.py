@@ -10,7 +10,7 @@ import torch
 from tiny_models import HIDDEN, build_llava, tiny_model, tiny_tokenizer
 from torch import nn
 
-from quantkit.algorithms.rotation import hadamard_rotation
+from quantkit.algorithms.rotation import hadamard_rotation, rotate_heads
 from quantkit.errors import RequestError
 from quantkit.models.miniature import N_TOKENS, Miniature
 from quantkit.models.skeleton import Skeleton
@@ -167,6 +167,39 @@ def test_what_no_family_does_yet(change: Callable[[Skeleton], None], reason: str
     change(skeleton)
     with pytest.raises(RequestError, match=reason):
         stream_of(skeleton)
+
+
+def test_values_and_what_reads_them(models: Path) -> None:
+    """Fused with queries and keys, or with biases of their own."""
+
+    def heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+        return rotate_heads(x, head_dim, 0)
+
+    rotate = hadamard_rotation(HIDDEN, 0).apply
+    fused = find_stream(Skeleton(tiny_model("phi3", models)), rotate, heads)
+    assert fused.mixed == {f"model.layers.{index}.self_attn.o_proj.weight": 16 for index in range(2)}
+    assert torch.equal(fused.values["model.layers.0.self_attn.qkv_proj.weight"].rows(), torch.arange(96, 128))
+    apart = find_stream(Skeleton(tiny_model("qwen2", models)), rotate, heads)
+    keys = ("weight", "bias")
+    assert set(apart.values) == {f"model.layers.{i}.self_attn.v_proj.{key}" for i in range(2) for key in keys}
+    assert set(apart.values) <= apart.names
+    assert stream_of(Skeleton(tiny_model("qwen2", models))).values == {}
+
+
+def test_values_that_are_not_found(tmp_path: Path) -> None:
+    """Latent attention: the stream can be rotated, the values have no linear of their own."""
+    skeleton = Skeleton(tiny_model("deepseek_v3", tmp_path))
+    found = stream_of(skeleton)
+    attention = "model.layers.1.self_attn"
+    assert {name for name in found.readers if name.startswith(attention)} == {
+        f"{attention}.{name}.weight" for name in ("q_a_proj", "kv_a_proj_with_mqa")
+    }
+    rotate = hadamard_rotation(HIDDEN, 0).apply
+    with pytest.raises(
+        RequestError,
+        match=r"^DeepseekV3\w+: model\.layers\.0 has no values to rotate \(no module .*; use rotate_values=false$",
+    ):
+        find_stream(skeleton, rotate, lambda x, head_dim: x)
 
 
 def test_a_norm_over_all_query_heads_is_not_the_streams(tmp_path: Path) -> None:

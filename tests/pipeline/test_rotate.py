@@ -71,14 +71,15 @@ def in_float64(model: PreTrainedModel) -> PreTrainedModel:
     return model.double().eval()
 
 
+@pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("family", EXACT)
-def test_logits_are_those_of_the_original(family: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_original(family: str, values: bool, tmp_path: Path) -> None:
     """The fold of every parameter, put into transformers' own model with an output head of its own."""
     source = tiny_model(family, tmp_path, dtype=torch.float64, **EXACT[family])
     for name, parameter in (skeleton := Skeleton(source)).model.named_parameters():
         if parameter.ndim == 1:  # tiny models have small biases: make sure that all of them matter
             assert skeleton.read_source(name).abs().max() > 0
-    fold = StreamRotation(skeleton, 7, CPU)
+    fold = StreamRotation(skeleton, 7, CPU, values=values)
     original = in_float64(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64))
     config = AutoConfig.from_pretrained(source, tie_word_embeddings=False)
     rotated = in_float64(AutoModelForCausalLM.from_config(config, dtype=torch.float64))
@@ -121,7 +122,7 @@ def assert_computes_with_its_weights(output: Path) -> PreTrainedModel:
     [
         ("rtn", {"bits": 8}),
         ("gptq", {"bits": 3, "settings": ["correction=0.5", "refine=1"]}),
-        ("boa", {"bits": 3}),
+        ("boa", {"bits": 3, "settings": ["rotate_values=true"]}),
         ("slim", {"bits": 2, "group_size": 16}),
     ],
     ids=["rtn", "gptq", "boa", "slim"],
@@ -143,6 +144,20 @@ def test_allocators_see_the_rotated_model(settings: list[str], models: Path, tex
     source = tiny_model("llama", models)
     result = small_run(source, tmp_path / "out", text, bits=None, settings=[*settings, *HADAMARD])
     assert_computes_with_its_weights(result.output)
+
+
+def test_values_are_rotated_as_well(models: Path, text: Path, tmp_path: Path) -> None:
+    source = tiny_model("qwen2", models)
+    folders = [
+        small_run(source, tmp_path / f"out{number}", text, "rtn", settings=[*HADAMARD, *more]).output
+        for number, more in enumerate(([], ["rotate_values=true"]))
+    ]
+    plain, rotated = (find_tensors(folder) for folder in folders)
+    for path, changes in (("v_proj", True), ("o_proj", True), ("q_proj", False), ("k_proj", False)):
+        names = [f"model.layers.1.self_attn.{path}.{key}" for key in ("codes_3b", "bias")]
+        for name in names[: 1 if path == "o_proj" else 2]:
+            same = torch.equal(read_tensor(plain[name]), read_tensor(rotated[name]))
+            assert same is not changes, name
 
 
 def test_outliers_go(models: Path, text: Path, tmp_path: Path) -> None:
