@@ -38,8 +38,8 @@ class StreamRotation:
     Args:
         skeleton: of the model; its own transform is left alone.
         seed: of the rotation.
-        values: whether values are rotated too, head by head; undone by the output projection.
         device: where weights are rotated.
+        values: whether values are rotated too, head by head; undone by the output projection.
         packed: parameters outside the blocks that are stored packed, by whoever quantizes them.
 
     Raises:
