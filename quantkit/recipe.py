@@ -39,6 +39,7 @@ _OPTIONAL: dict[str, type] = {
     "hi": int,
     "vision_bits": int,
 }  # may be null
+BASES = ("gptq", "rtn", "refined", "slim")  # methods without an allocator over blocks, for one linear after the other
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _LINEAR_ALLOCATORS = ("zd", "error", "random")  # those that can tell the linears of a block apart
 _BOA_SETTINGS = (
@@ -74,6 +75,9 @@ class Recipe:
     reverse: bool = field(default=False, metadata={"help": "a control: the least important ones get the higher width"})
     entropy: str = field(default="kmeans", metadata={"help": "luq: kmeans, or histogram (cheaper)"})
     two_sided: bool = field(default=False, metadata={"help": "zd: count weights far below the mean too"})
+    base: str = field(
+        default="", metadata={"help": "the method of each linear, under an allocator over blocks: rtn, refined, slim"}
+    )
     grid: str = field(default="auto", metadata={"help": "how scales and zeros are chosen"})
     solver: str = field(default="gptq", metadata={"help": "how codes are chosen"})
     damping: float = field(default=0.01, metadata={"help": "added to diag(H), as a fraction of its mean"})
@@ -96,6 +100,10 @@ class Recipe:
     row_order: bool = field(default=True, metadata={"help": "boa: visit the rows of a head by descending importance"})
     joint_rows: bool = field(default=False, metadata={"help": "boa: rows of a block not against each other (turboboa)"})
     late_grids: bool = field(default=True, metadata={"help": "boa: scales fitted on corrected rows; false: beforehand"})
+    keep_ratio: float = field(
+        default=1.0, metadata={"help": "share of the query and key weights kept as low-rank factors; 1: no factors"}
+    )
+    qk_bits: int = field(default=3, metadata={"help": "of the low-rank factors of queries and keys"})
     tokens: str = field(default="all", metadata={"help": "pictures: tokens that statistics count: all, text or image"})
     image_weight: float = field(default=1.0, metadata={"help": "pictures: what an image token counts, a text token 1"})
     vision_bits: int | None = field(
@@ -124,6 +132,7 @@ class Recipe:
                 raise RequestError(f"{name} is 0 (16 bits, as it is), 4 or 8, not {getattr(self, name)}")
         self._check_combination()
         self._check_modalities()
+        self._check_factors()
         self._check_boa()
         self._check_widths()
 
@@ -162,6 +171,26 @@ class Recipe:
         if self.solver == "boa":
             raise RequestError("solver=boa looks at whole attention maps; tokens and image_weight do not go with it")
 
+    def _check_factors(self) -> None:
+        if not 0 < self.keep_ratio <= 1:
+            raise RequestError(f"keep_ratio is a share of the weights, above 0 and at most 1, not {self.keep_ratio:g}")
+        if not 1 <= self.qk_bits <= 8:
+            raise RequestError(f"qk_bits must be 1 to 8, not {self.qk_bits}")
+        if self.base and not self.mixes_widths:
+            raise RequestError(f"base is the method below an allocator over blocks; use --method {self.base} alone")
+        if self.base and self.base not in BASES:
+            raise RequestError(f"base={self.base} cannot be combined; {did_you_mean(self.base, BASES)}")
+        if self.base:
+            self.at(2)  # its own checks
+        if not self.factorizes:
+            return
+        if self.solver == "boa":
+            raise RequestError("solver=boa rounds queries and keys head by head; low-rank factors have none, so choose")
+        if self.granularity == "linear" or self.allocator == "error":
+            raise RequestError(
+                "keep_ratio fixes what queries and keys store; use an allocator over blocks: casp, lim, zd, luq, random"
+            )
+
     def _check_boa(self) -> None:
         if self.solver == "boa":
             return
@@ -179,7 +208,7 @@ class Recipe:
                 )
             for name, unset in (("lo", None), ("hi", None), ("reverse", False)):
                 if getattr(self, name) is not unset:
-                    raise RequestError(f"{name} is a setting of the allocators lim, zd, luq, error and random")
+                    raise RequestError(f"{name} is a setting of the allocators lim, zd, luq, casp, error and random")
             return
         lo = 1 if self.lo is None else self.lo
         hi = 8 if self.hi is None else self.hi
@@ -192,8 +221,10 @@ class Recipe:
                 f"allocator={self.allocator} scores what enters and leaves whole blocks; "
                 f"with granularity=linear use allocator={' or '.join(_LINEAR_ALLOCATORS)}"
             )
-        if self.reverse and self.allocator == "error":
-            raise RequestError("reverse turns a ranking around; allocator=error weighs losses against bytes instead")
+        if self.reverse and self.allocator in ("error", "casp"):
+            raise RequestError(
+                f"reverse turns a ranking around; allocator={self.allocator} weighs losses against bytes instead"
+            )
 
     @property
     def mixes_widths(self) -> bool:
@@ -208,7 +239,24 @@ class Recipe:
 
     def at(self, bits: int) -> Recipe:
         """The recipe of one linear, once an allocator has given it a width."""
-        return replace(self, method="", bits=bits, bpw=None, allocator="uniform", lo=None, hi=None, reverse=False)
+        inner = str(METHODS[self.base].defaults.get("allocator", "uniform")) if self.base else "uniform"
+        return replace(self, method="", base="", bits=bits, bpw=None, allocator=inner, lo=None, hi=None, reverse=False)
+
+    @property
+    def mixes_groups(self) -> bool:
+        """Column groups of a linear get different widths."""
+        return self.allocator == "sba" or self.base == "slim"
+
+    @property
+    def factorizes(self) -> bool:
+        """Queries and keys are stored as low-rank factors."""
+        return self.keep_ratio < 1
+
+    def for_factors(self, group_size: int) -> Recipe:
+        """The recipe of one low-rank factor."""
+        plain: dict[str, Any] = {"method": "", "base": "", "bpw": None, "lo": None, "hi": None, "reverse": False}
+        sizes: dict[str, Any] = {"bits": self.qk_bits, "group_size": group_size, "keep_ratio": 1.0}
+        return replace(self, allocator="uniform", **plain, **sizes)
 
     @property
     def budget_name(self) -> str:
@@ -230,7 +278,7 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         scores = self.allocator not in ("uniform", "zd", "random")  # these need no activations
-        return self.solver != "rtn" or self.refine > 0 or scores or self.grid_name == "hessian"
+        return self.solver != "rtn" or self.refine > 0 or scores or self.grid_name == "hessian" or self.factorizes
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | ({} if self.bpw is None else {"bits": None})
@@ -274,7 +322,9 @@ def resolve(
     name = values.get("method", _default_method(values))
     if not isinstance(name, str) or name not in METHODS:
         raise RequestError(f"unknown method {name!r}; {did_you_mean(str(name), METHODS)}")
-    return recipe_from_json({"method": name, **METHODS[name].defaults, **values})
+    base = METHODS[values["base"]].defaults if values.get("base") in BASES else {}
+    inherited = {key: value for key, value in base.items() if key != "allocator"}
+    return recipe_from_json({"method": name, **inherited, **METHODS[name].defaults, **values})
 
 
 def _default_method(values: Mapping[str, Any]) -> str:

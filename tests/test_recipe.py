@@ -225,7 +225,7 @@ def test_needs_calibration(settings: dict[str, Any], expected: bool) -> None:
         ("method=gtpq", f"unknown method 'gtpq'; did you mean 'gptq'? known: {METHOD_NAMES}"),
         ("method=7", f"unknown method 7; known: {METHOD_NAMES}"),
         ("method=null", f"unknown method None; known: {METHOD_NAMES}"),
-        ("gridd=mse", "unknown setting 'gridd'; did you mean 'grid'? known: act_order, allocator, bits"),
+        ("gridd=mse", "unknown setting 'gridd'; did you mean 'grid'? known: act_order, allocator, base, bits"),
         ("=3", "unknown setting ''; known: act_order, allocator"),
         ("grid=hesian", "unknown grid 'hesian'; did you mean 'hessian'? known: auto, hessian, minmax, mse, sqc"),
         ("transform=hadamar", "unknown transform 'hadamar'; did you mean 'hadamard'? known: hadamard, none"),
@@ -265,9 +265,9 @@ def test_needs_calibration(settings: dict[str, Any], expected: bool) -> None:
         ("grid", "--set takes KEY=VALUE, not 'grid'"),
         ("bpw=2.5", "--bpw 2.5 needs an allocator: allocator=uniform gives every layer the same whole number"),
         ("bits=2.5", "--bits 2.5 needs an allocator: allocator=uniform gives every layer the same whole number"),
-        ("lo=2", "lo is a setting of the allocators lim, zd, luq, error and random"),
-        ("hi=4", "hi is a setting of the allocators lim, zd, luq, error and random"),
-        ("reverse=true", "reverse is a setting of the allocators lim, zd, luq, error and random"),
+        ("lo=2", "lo is a setting of the allocators lim, zd, luq, casp, error and random"),
+        ("hi=4", "hi is a setting of the allocators lim, zd, luq, casp, error and random"),
+        ("reverse=true", "reverse is a setting of the allocators lim, zd, luq, casp, error and random"),
     ],
 )
 def test_refused_settings(setting: str, message: str) -> None:

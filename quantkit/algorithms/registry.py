@@ -71,6 +71,13 @@ METHODS: dict[str, Method] = {
         summary="Blocks with low-entropy activations get 2 bits, the others 4; any average between.",
         defaults={"allocator": "luq", "lo": 2, "hi": 4, "bits": 3},
     ),
+    "casp": Method(
+        title="CASP",
+        paper="arXiv:2503.05936",
+        summary="Queries and keys as low-rank factors; the bytes saved go to influential blocks. For pictures.",
+        defaults={"allocator": "casp", "keep_ratio": 0.25, "lo": 2, "hi": 4, "bits": 2.2},
+        formats=("grouped_int", "low_rank"),
+    ),
 }
 
 TRANSFORMS: dict[str, str] = {
@@ -84,6 +91,7 @@ ALLOCATORS: dict[str, str] = {
     "lim": "two widths; the higher one for blocks whose output differs most from their input (layer-wise)",
     "zd": "two widths; the higher one where fewest weights lie beyond one standard deviation (layer-wise); no data",
     "luq": "two widths; the higher one for blocks whose output activations have the highest entropy (LUQ)",
+    "casp": "widths from lo to hi by the block's influence times 4^-bits per byte; image and text count alike (CASP)",
     "error": "widths from lo to hi by the greatest fall of the relative output error per byte (ours)",
     "random": "two widths in a random order by --seed: what a score must beat; no data",
 }

@@ -24,7 +24,7 @@ heads get the sum over these. Cross terms between heads, and between keys, are d
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -102,12 +102,14 @@ class AttentionRecorder:
         value_rows: bool = True,
         center_keys: bool = True,
         queries_per_call: int = 32,
+        observer: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.problem: str | None = None
         self._attention, self._block = attention, block
         self._metric, self._center_keys = metric, center_keys
         self._value_columns, self._value_rows = value_columns, value_rows
         self._queries_per_call = queries_per_call
+        self._observer = observer  # shown the attention probabilities [group, seq_len, seq_len] of every key head
         self._call: dict[str, Any] = {}
         self._n_calls = 0
         self._neighbours = False
@@ -176,6 +178,9 @@ class AttentionRecorder:
         self._rotary = part.rotary(attention.head_dim, self._neighbours)
         assert self._rotary is not None
         q, k = self._rotary.rotate(q), self._rotary.rotate(k)
+        if self._observer is not None:
+            for _, probabilities, _ in self._each_group(part, q, k):
+                self._observer(probabilities)
         if self._metric == "logits":
             self._add_logits(q, k)
             self._keep_tokens(raw)

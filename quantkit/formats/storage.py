@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from quantkit.errors import FileError
-from quantkit.formats import grouped_int, sign_factors, sign_salient
+from quantkit.formats import grouped_int, low_rank, sign_factors, sign_salient
 from quantkit.formats.spec import QuantizedWeight, Spec
 
 
@@ -35,6 +35,7 @@ FORMATS: dict[str, StorageFormat] = {
     sign_factors.NAME: StorageFormat(
         sign_factors.SignFactorsSpec.from_json, sign_factors.pack, sign_factors.unpack, sign_factors.check
     ),
+    low_rank.NAME: StorageFormat(low_rank.LowRankSpec.from_json, low_rank.pack, low_rank.unpack, low_rank.check),
 }
 
 

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from quantkit.formats import grouped_int as grouped_int_format
+from quantkit.formats import low_rank as low_rank_format
 from quantkit.formats import sign_factors as sign_factors_format
 from quantkit.formats import sign_salient as sign_salient_format
 from quantkit.formats.spec import Spec
-from quantkit.kernels import grouped_int, planar, sign_factors, sign_salient
+from quantkit.kernels import grouped_int, low_rank, planar, sign_factors, sign_salient
 
 Tensors = dict[str, Tensor]
 
@@ -39,6 +40,7 @@ KERNELS: dict[str, Kernel] = {
     grouped_int_format.NAME: Kernel(grouped_int.matmul, planar.is_planar, planar.to_planar, planar.from_planar),
     sign_salient_format.NAME: Kernel(sign_salient.matmul),
     sign_factors_format.NAME: Kernel(sign_factors.matmul),
+    low_rank_format.NAME: Kernel(low_rank.matmul, low_rank.is_planar, low_rank.to_planar, low_rank.from_planar),
 }
 
 

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.algorithms.casp import block_influence, expected_losses
 from quantkit.algorithms.grids import GRIDS
 from quantkit.algorithms.layerwise import by_importance, lim, marginal_widths, two_widths, zd
-from quantkit.algorithms.luq import by_entropy, histogram_entropy, kmeans_entropy
+from quantkit.algorithms.luq import KMeansConfig, by_entropy, histogram_entropy, kmeans_labels, label_entropy
 from quantkit.algorithms.rtn import rtn
 from quantkit.calib.statistics import StatisticsRecorder
 from quantkit.formats.files import read_json, write_json
 from quantkit.models.structure import Block, Linear
 from quantkit.pipeline.budget import Budget, Unit, budget_of, bytes_at, units_of
 from quantkit.pipeline.request import Listener
+from quantkit.pipeline.sparsity import N_PROBES, Condition
 from quantkit.recipe import Recipe
 
 FILE = "allocation.json"  # of the work folder
@@ -53,12 +55,16 @@ class ScoredBlock:
         n_samples: of the calibration set; 0 where none is needed.
         outcomes: runs the block on one sample at a time; the hidden states advance as it is consumed.
         forward: (sample, input) -> output of the block.
+        image_masks: bool ``[n_tokens]`` per sample, true for image tokens; None without pictures.
+        entering: sample -> what enters the block, as long as `outcomes` has not been consumed.
     """
 
     module: nn.Module
     n_samples: int
     outcomes: Outcomes
     forward: Callable[[int, Tensor], Tensor]
+    image_masks: Sequence[Tensor] | None = None
+    entering: Callable[[int], Tensor] | None = None
 
 
 class Allocator:
@@ -83,27 +89,50 @@ class Allocator:
         """Bits of each linear by its name: as decided before in this work folder, or by the scores of ``originals``."""
         path = folder / FILE
         if not path.exists():
-            allocation = allocate(self.units, self._scores(originals), self.budget, self.recipe)
+            details: dict[str, dict[str, float]] = {}
+            condition = Condition() if self.recipe.factorizes and needs_activations(self.recipe) else None
+            scores = self._scores(originals, details, condition)
+            allocation = allocate(self.units, scores, self.budget, self.recipe)
+            for unit in allocation["units"]:
+                unit.update(details.get(unit["name"], {}))
+            if condition:
+                allocation["condition"] = condition.to_json()
+                self.listener.note(condition.describe())
             write_json(path, allocation)
             self.listener.note(describe(allocation))
         widths: dict[str, int] = read_json(path)["widths"]
         return widths
 
-    def _scores(self, originals: Iterable[ScoredBlock]) -> list[Score]:
+    def _scores(
+        self, originals: Iterable[ScoredBlock], details: dict[str, dict[str, float]], condition: Condition | None
+    ) -> list[Score]:
         if self.recipe.allocator == "random":
             return random_scores(self.units, self.seed)
         self.listener.note(f"allocator={self.recipe.allocator}: scoring the unquantized model")
-        if self.recipe.allocator == "luq":
-            self.listener.note("luq: scored on text tokens; the paper's setting is multimodal prompts")
         scores: list[Score] = []
         for index, block in enumerate(originals):
+            if not index and self.recipe.allocator == "luq" and block.image_masks is None:
+                self.listener.note("luq: scored on text tokens; the paper's setting is multimodal prompts")
             units = [unit for unit in self.units if unit.block == index]
-            scores += score_block(units, block, self.recipe, self.budget, self.seed)
+            if condition is not None and block.entering is not None:
+                before = [block.entering(sample) for sample in range(min(N_PROBES, block.n_samples))]
+                condition.look_at(block.module, block.forward, before, block.image_masks)
+            scores += score_block(units, block, self.recipe, self.budget, self.seed, details)
         return scores
 
 
-def score_block(units: Sequence[Unit], block: ScoredBlock, recipe: Recipe, budget: Budget, seed: int) -> list[Score]:
-    """Scores of the units of one block: all of it, or one unit for each of its linears (or of the tied ones)."""
+def score_block(
+    units: Sequence[Unit],
+    block: ScoredBlock,
+    recipe: Recipe,
+    budget: Budget,
+    seed: int,
+    details: dict[str, dict[str, float]] | None = None,
+) -> list[Score]:
+    """Scores of the units of one block: all of it, or one unit for each of its linears (or of the tied ones).
+
+    What else is worth reporting goes into ``details`` under the unit's name.
+    """
     if not units:
         for _ in block.outcomes:  # the hidden states advance all the same
             pass
@@ -115,17 +144,37 @@ def score_block(units: Sequence[Unit], block: ScoredBlock, recipe: Recipe, budge
     if recipe.allocator == "lim":
         scores = [float(lim(before.to(after.device), after)) for before, after in block.outcomes]
         return [[sum(scores) / len(scores)]]
-    rows = _sampled_outputs(block.outcomes, block.n_samples, seed)
+    if recipe.allocator == "casp":
+        n_weights = sum(linear.n_weights for linear in units[0].linears)
+        influence = _influence(block)
+        if details is not None:
+            details[units[0].name] = {"influence": influence}
+        return [expected_losses(influence, n_weights, _widths(recipe, budget))]
+    rows, image = _sampled_outputs(block, seed)
     if recipe.entropy == "histogram":
         return [[histogram_entropy(rows)]]
-    return [[kmeans_entropy(rows, torch.Generator().manual_seed(seed))]]
+    config = KMeansConfig()
+    labels = kmeans_labels(rows, torch.Generator().manual_seed(seed), config)
+    if details is not None and image is not None:
+        parts = {"image_entropy": labels[image], "text_entropy": labels[~image]}
+        details[units[0].name] = {name: label_entropy(part, config.n_clusters) for name, part in parts.items()}
+    return [[label_entropy(labels, config.n_clusters)]]
+
+
+def _influence(block: ScoredBlock) -> float:
+    """Mean over the samples."""
+    found = []
+    for sample, (before, after) in enumerate(block.outcomes):
+        mask = None if block.image_masks is None else block.image_masks[sample]
+        found.append(float(block_influence(before.to(after.device), after, mask)))
+    return sum(found) / len(found)
 
 
 def allocate(units: Sequence[Unit], scores: Sequence[Score], budget: Budget, recipe: Recipe) -> dict[str, Any]:
     """The allocation as JSON: what the budget allows, each unit's score and width, and the width of each linear."""
     widths = _widths(recipe, budget)
     n_bytes = [[bytes_at(unit.linears, recipe, bits) for bits in widths] for unit in units]
-    if recipe.allocator == "error":
+    if recipe.allocator in ("error", "casp"):
         picks: Sequence[int] = marginal_widths(scores, n_bytes, budget.n_bytes, budget.tolerance)
     else:
         order = _order([score[0] for score in scores], recipe)
@@ -159,7 +208,8 @@ def describe(allocation: dict[str, Any]) -> str:
 
 
 def _widths(recipe: Recipe, budget: Budget) -> list[int]:
-    return list(range(budget.lo, budget.hi + 1)) if recipe.allocator == "error" else [budget.lo, budget.hi]
+    every = recipe.allocator in ("error", "casp")
+    return list(range(budget.lo, budget.hi + 1)) if every else [budget.lo, budget.hi]
 
 
 def _order(scores: list[float], recipe: Recipe) -> list[int]:
@@ -173,17 +223,22 @@ def _order(scores: list[float], recipe: Recipe) -> list[int]:
     return order[::-1] if recipe.reverse else order
 
 
-def _sampled_outputs(outcomes: Outcomes, n_samples: int, seed: int) -> Tensor:
-    """About `_MAX_TOKENS` rows at most, as many of each sample; the same positions for every block, never the first."""
+def _sampled_outputs(block: ScoredBlock, seed: int) -> tuple[Tensor, Tensor | None]:
+    """About `_MAX_TOKENS` rows at most, as many of each sample; the same positions for every block, never the first.
+
+    With pictures also which of the rows are image tokens, bool.
+    """
     generator = torch.Generator().manual_seed(seed)
-    per_sample = -(-_MAX_TOKENS // n_samples)
-    rows = []
-    for _, after in outcomes:
+    per_sample = -(-_MAX_TOKENS // block.n_samples)
+    rows, image = [], []
+    for sample, (_, after) in enumerate(block.outcomes):
         tokens = after.reshape(-1, after.shape[-1])
         first = 1 if len(tokens) > 1 else 0
         picked = torch.randperm(len(tokens) - first, generator=generator)[:per_sample].sort().values + first
         rows.append(tokens[picked.to(tokens.device)].float())
-    return torch.cat(rows)
+        if block.image_masks is not None:
+            image.append(block.image_masks[sample][picked])
+    return torch.cat(rows), torch.cat(image).to(rows[0].device) if image else None
 
 
 def _losses(units: Sequence[Unit], block: ScoredBlock, recipe: Recipe, budget: Budget) -> list[Score]:

@@ -12,17 +12,22 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from quantkit.algorithms.casp import rank_of
 from quantkit.errors import RequestError
 from quantkit.formats.grouped_int import GroupedIntSpec, check_group_size
+from quantkit.formats.low_rank import LowRankSpec
+from quantkit.formats.spec import Spec
 from quantkit.models.structure import Block, Linear
 from quantkit.recipe import Recipe
 
 TOLERANCE_BPW = 0.02  # what a budget may leave unused, where the sizes of the units allow
 # Linears that serving engines fuse into one, by the names that they go by.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
+
+_QUERIES_AND_KEYS = ("q_proj", "k_proj", "query", "key", "wq", "wk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +81,69 @@ def _tied_path(path: str) -> str:
     return f"{parent}{dot}{'+'.join(fused)}"
 
 
-def spec_at(linear: Linear, recipe: Recipe, bits: int) -> GroupedIntSpec:
-    """What a linear stores at one width. Raises `RequestError` when the group size does not divide it."""
+def spec_at(linear: Linear, recipe: Recipe, bits: int) -> Spec:
+    """What a linear stores at most at one width. Raises `RequestError` when the group size does not divide it."""
+    return planned_spec(linear, recipe.at(bits))
+
+
+def planned_spec(linear: Linear, recipe: Recipe) -> Spec:
+    """What a linear stores at most under a recipe of one width.
+
+    Raises:
+        RequestError: the group size does not divide it, or ``keep_ratio`` leaves no rank.
+    """
     group_size = check_group_size(linear.in_features, recipe.group_size, linear.name)
-    return GroupedIntSpec(
-        out_features=linear.out_features,
-        in_features=linear.in_features,
-        group_size=group_size,
-        segments=((bits, linear.in_features // group_size),),
-        symmetric=recipe.symmetric,
-    )
+    if is_factorized(linear, recipe):
+        return low_rank_spec(linear, recipe)
+    n_groups, bits = linear.in_features // group_size, recipe.width
+    n_moved = range(n_groups // 2 + 1) if recipe.allocator == "sba" else (0,)
+    mixes = [((bits - 1, k), (bits, n_groups - 2 * k), (bits + 1, k)) for k in n_moved]
+    specs = [
+        GroupedIntSpec(
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            group_size=group_size,
+            segments=tuple((width, count) for width, count in mix if count),
+            symmetric=recipe.symmetric,
+        )
+        for mix in mixes
+    ]
+    return max(specs, key=lambda spec: spec.n_bytes)
+
+
+def is_factorized(linear: Linear, recipe: Recipe) -> bool:
+    """Whether a linear computes queries or keys that the recipe stores as low-rank factors."""
+    return recipe.factorizes and linear.path.rpartition(".")[2] in _QUERIES_AND_KEYS
+
+
+def low_rank_spec(linear: Linear, recipe: Recipe) -> LowRankSpec:
+    """Rank by ``keep_ratio``, factors of ``qk_bits``; groups of the recipe's size, or of the rank if that is less."""
+    try:
+        rank = rank_of(linear.out_features, linear.in_features, recipe.keep_ratio)
+    except RequestError as error:
+        raise RequestError(f"{linear.name}: {error}") from error
+    shapes = {"down": (rank, linear.in_features), "up": (linear.out_features, rank)}
+    factors = {}
+    for name, (rows, columns) in shapes.items():
+        group_size = math.gcd(columns, recipe.group_size or columns)
+        segments = ((recipe.qk_bits, columns // group_size),)
+        factors[name] = GroupedIntSpec(
+            out_features=rows,
+            in_features=columns,
+            group_size=group_size,
+            segments=segments,
+            symmetric=recipe.symmetric,
+        )
+    return LowRankSpec(out_features=linear.out_features, in_features=linear.in_features, **factors)
+
+
+def check_factorized(linears: Sequence[Linear], recipe: Recipe) -> None:
+    """Raises `RequestError` when the recipe factorizes queries and keys and no linear computes just these."""
+    if recipe.factorizes and not any(is_factorized(linear, recipe) for linear in linears):
+        raise RequestError(
+            "keep_ratio factorizes query and key projections, and this model has none of their own (they may be one "
+            "linear with the values); leave keep_ratio at 1"
+        )
 
 
 def bytes_at(linears: Sequence[Linear], recipe: Recipe, bits: int) -> int:
@@ -100,7 +158,8 @@ def budget_of(linears: Sequence[Linear], recipe: Recipe) -> Budget:
         RequestError: the budget lies outside what the widths can reach.
     """
     n_weights = sum(linear.n_weights for linear in linears)
-    totals = {bits: bytes_at(linears, recipe, bits) for bits in range(1, 9)}
+    dense = replace(recipe, keep_ratio=1.0, base="")  # what factors save is there to be spent
+    totals = {bits: bytes_at(linears, dense, bits) for bits in range(1, 9)}
     if recipe.bpw is None:
         average = Fraction(str(recipe.bits))
         below, above = math.floor(average), math.ceil(average)
@@ -112,10 +171,11 @@ def budget_of(linears: Sequence[Linear], recipe: Recipe) -> Budget:
     lo = recipe.lo or min(below, (recipe.hi or 8) - 1)
     hi = recipe.hi or max(above, lo + 1)
     budget = Budget(n_bytes, n_weights, lo, hi)
-    if totals[lo] > n_bytes:
-        raise RequestError(_out_of_reach(budget, "below", lo, totals[lo], "raise it, or lower lo"))
-    if totals[hi] < n_bytes:
-        raise RequestError(_out_of_reach(budget, "above", hi, totals[hi], "lower it, or raise hi"))
+    least, most = (bytes_at(linears, recipe, bits) for bits in (lo, hi))
+    if least > n_bytes:
+        raise RequestError(_out_of_reach(budget, "below", lo, least, "raise it, or lower lo"))
+    if most < n_bytes:
+        raise RequestError(_out_of_reach(budget, "above", hi, most, "lower it, or raise hi"))
     return budget
 
 

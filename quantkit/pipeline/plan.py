@@ -15,14 +15,14 @@ import torch
 
 from quantkit.errors import FileError, QuantkitError, RequestError
 from quantkit.formats.accounting import QUANTIZED, Account, kind_of
-from quantkit.formats.grouped_int import GroupedIntSpec, check_group_size
+from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.safetensors_io import TensorRef
 from quantkit.formats.spec import Spec
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear
 from quantkit.pipeline.allocate import needs_activations
 from quantkit.pipeline.attend import attention_bytes
-from quantkit.pipeline.budget import Budget, budget_of, spec_at
+from quantkit.pipeline.budget import budget_of, check_factorized, planned_spec
 from quantkit.pipeline.journal import work_folder
 from quantkit.pipeline.outside import OutsideMatrix, outside_matrices
 from quantkit.pipeline.request import QuantizeRequest
@@ -93,10 +93,12 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
     if not linears:
         raise RequestError(f"{type(skeleton.model).__name__}: its blocks hold no linear layers to quantize")
     recipe = request.recipe
+    check_factorized(linears, recipe)
     budget = budget_of(linears, recipe) if recipe.mixes_widths else None
     vision = rounded_linears(skeleton, recipe)
-    vision_modules = [(linear.name, _planned_spec(linear, vision_recipe(linear, recipe), None)) for linear in vision]
-    modules = tuple((linear.name, _planned_spec(linear, recipe, budget)) for linear in linears)
+    vision_modules = [(linear.name, planned_spec(linear, vision_recipe(linear, recipe))) for linear in vision]
+    concrete = recipe.at(budget.hi) if budget else recipe
+    modules = tuple((linear.name, planned_spec(linear, concrete)) for linear in linears)
     states = _hidden_bytes(skeleton, request, seq_len)
     quantized = budget.n_bytes if budget else sum(spec.n_bytes for _, spec in modules)
     quantized += sum(spec.n_bytes for _, spec in vision_modules)
@@ -142,26 +144,6 @@ def _account(skeleton: Skeleton, linears: list[Linear], matrices: tuple[OutsideM
     for ref in (*kept, *changed):
         total.add(kind_of(ref.name), ref.n_bytes, math.prod(ref.shape))
     return total
-
-
-def _planned_spec(linear: Linear, recipe: Recipe, budget: Budget | None) -> Spec:
-    if budget:
-        return spec_at(linear, recipe, budget.hi)
-    group_size = check_group_size(linear.in_features, recipe.group_size, linear.name)
-    n_groups, bits = linear.in_features // group_size, recipe.width
-    n_moved = range(n_groups // 2 + 1) if recipe.allocator == "sba" else (0,)
-    mixes = [((bits - 1, k), (bits, n_groups - 2 * k), (bits + 1, k)) for k in n_moved]
-    specs = [
-        GroupedIntSpec(
-            out_features=linear.out_features,
-            in_features=linear.in_features,
-            group_size=group_size,
-            segments=tuple((width, count) for width, count in mix if count),
-            symmetric=recipe.symmetric,
-        )
-        for mix in mixes
-    ]
-    return max(specs, key=lambda spec: spec.n_bytes)
 
 
 def _other_matrices(skeleton: Skeleton) -> list[str]:

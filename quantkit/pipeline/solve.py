@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.algorithms.boa import BoAConfig, boa
+from quantkit.algorithms.casp import SolveFactor, quantized_factors
 from quantkit.algorithms.correction import corrected_target
 from quantkit.algorithms.gptq import GPTQConfig, gptq
 from quantkit.algorithms.grids import GRIDS
@@ -20,9 +21,10 @@ from quantkit.algorithms.turboboa import refine_heads
 from quantkit.calib.attention import HeadFactors
 from quantkit.calib.statistics import InputStatistics
 from quantkit.errors import QuantkitError
-from quantkit.formats.grouped_int import GroupedInt
+from quantkit.formats.grouped_int import GroupedInt, GroupedIntSpec
 from quantkit.formats.spec import QuantizedWeight
 from quantkit.models.structure import Linear
+from quantkit.pipeline.budget import is_factorized, low_rank_spec
 from quantkit.recipe import Recipe
 
 SAMPLE_ROWS = 8192  # inputs kept per linear when an allocator looks at outputs
@@ -74,10 +76,11 @@ def _solve(
         # An expert that no calibration token reached: all inputs count alike, which is plain rounding.
         hessian = torch.eye(linear.in_features, device=weight.device)
     group_size = recipe.group_size or linear.in_features
+    if is_factorized(linear, recipe):
+        return _solve_low_rank(linear, weight, hessian, statistics, recipe)
     bits = (recipe.width,) * (linear.in_features // group_size)
     if recipe.allocator == "sba":
         bits = _allocate_sba(weight, hessian, statistics, group_size, recipe)
-    fit = GRIDS[recipe.grid_name]
     cross = statistics.cross() if statistics else None
     if cross is not None and hessian is not None:
         weight = corrected_target(weight, hessian, cross, recipe.correction, recipe.damping)
@@ -85,6 +88,15 @@ def _solve(
         assert hessian is not None
         quantized, damping = _solve_heads(weight, hessian, heads, bits, recipe)
         return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
+    quantized, damping = _solve_grouped(weight, hessian, bits, recipe)
+    return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
+
+
+def _solve_grouped(
+    weight: Tensor, hessian: Tensor | None, bits: tuple[int, ...], recipe: Recipe
+) -> tuple[GroupedInt, float]:
+    """Codes, and the damping that they needed."""
+    fit = GRIDS[recipe.grid_name]
     if recipe.solver == "rtn":
         quantized, damping = rtn(weight, bits, recipe.symmetric, fit, hessian), 0.0
     else:
@@ -96,7 +108,30 @@ def _solve(
         assert hessian is not None
         target, metric = without_dead_columns(weight, hessian)
         quantized = refine(target, damped(metric, max(damping, recipe.damping)), quantized, recipe.refine)
-    return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
+    return quantized, damping
+
+
+def _solve_low_rank(
+    linear: Linear, weight: Tensor, hessian: Tensor | None, statistics: InputStatistics | None, recipe: Recipe
+) -> Solved:
+    """Queries or keys as two factors, each solved by the recipe at ``qk_bits``."""
+    assert hessian is not None
+    cross = statistics.cross() if statistics else None
+    if cross is not None:
+        weight = corrected_target(weight, hessian, cross, recipe.correction, recipe.damping)
+    spec, dampings = low_rank_spec(linear, recipe), [0.0]
+
+    def solver(factor: GroupedIntSpec) -> SolveFactor:
+        def solve(target: Tensor, metric: Tensor) -> GroupedInt:
+            bits = (recipe.qk_bits,) * (factor.in_features // factor.group_size)
+            quantized, damping = _solve_grouped(target, metric, bits, recipe.for_factors(factor.group_size))
+            dampings.append(damping)
+            return quantized
+
+        return solve
+
+    quantized = quantized_factors(weight, hessian, spec.rank, solver(spec.down), solver(spec.up))
+    return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), max(dampings))
 
 
 def _solve_heads(

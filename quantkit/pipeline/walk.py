@@ -94,7 +94,7 @@ class Walk:
         for index in range(len(self.skeleton.blocks)):
             module = self.skeleton.load_block(index, self.device, self.dtype)
             outcomes, forward = self._outcomes(index, module), partial(self._forward, index, module)
-            yield ScoredBlock(module, len(self.hidden), outcomes, forward)
+            yield ScoredBlock(module, len(self.hidden), outcomes, forward, self.image_masks, self.hidden.__getitem__)
             self.skeleton.release_block(index)
         self.calls = None
 
@@ -216,7 +216,7 @@ class Walk:
     ) -> StatisticsRecorder | None:
         if self.calls is None:
             return None
-        wants_rows = self.recipe.allocator == "sba" and self.recipe.criterion == "kl"
+        wants_rows = self.recipe.mixes_groups and self.recipe.criterion == "kl"
         rows = -(-SAMPLE_ROWS // len(self.hidden)) if wants_rows else 0
         recorder = StatisticsRecorder({linear.path: module.get_submodule(linear.path) for linear in stage}, rows)
         paths = [linear.path for linear in stage]

@@ -67,8 +67,8 @@ def test_example_runs(tmp_path: Path) -> None:
     exec(compile(block("python"), "docs/format.md", "exec"), {"folder": folder})
 
 
-@pytest.mark.parametrize("name", ["sign_salient", "sign_factors"])
-def test_bytes_of_the_sign_formats(name: str) -> None:
+@pytest.mark.parametrize("name", ["sign_salient", "sign_factors", "low_rank"])
+def test_bytes_of_the_other_formats(name: str) -> None:
     """The page's bytes are exactly the layout of its spec, decode to its weight, and are written again."""
     spec = storage.spec_from_json(json.loads(block(f"json {name} spec")))
     data: dict[str, bytes] = {}
