@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from quantkit import __version__
+from quantkit.cli.bench import bench
 from quantkit.cli.evaluate import evaluate
 from quantkit.cli.generate import generate
 from quantkit.cli.inspect import inspect
@@ -101,6 +102,7 @@ app.command("eval", epilog="Example: quantkit eval demo --limit 8")(evaluate)
 app.command(epilog="Example: quantkit inspect demo-gptq-3b --verify")(inspect)
 app.command(epilog="Example: quantkit methods gptq")(methods)
 app.command(epilog='Example: quantkit generate demo --prompt "def main():"')(generate)
+app.command(epilog="Example: quantkit bench attention --json")(bench)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from quantkit.algorithms.kv.policy import FLOAT_BITS, PINNED, KvPolicy, Transfor
 from quantkit.algorithms.kv.zipcache import PROBE_EVERY, most_salient, probe_positions, probe_scores
 from quantkit.formats.kv_page import PageSpec
 from quantkit.kernels.kv_attention import Part, merge
+from quantkit.kernels.kv_decode import Basis, Pages, decode, supports
 from quantkit.runtime.kv_segment import FloatSegment, PackedSegment
 
 
@@ -74,6 +75,7 @@ class SequenceCache:
         # For each recent token: the attention that probes paid to it and how many saw it; whether it is of an image.
         self._scores = torch.zeros(2, 0, device=device)
         self._images: list[bool] = []
+        self._lengths = torch.zeros(1 + len(policy.bits), dtype=torch.int32, device=device)  # for kernels: of all parts
 
     def _segment(self, bits: int, index: int) -> PackedSegment | FloatSegment:
         heads, _, head_dim = self.floats.keys.shape
@@ -92,7 +94,12 @@ class SequenceCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that the cache holds."""
-        held = [self.floats.nbytes, self._scores.nbytes, *(segment.nbytes for segment in self.segments)]
+        held = [
+            self.floats.nbytes,
+            self._scores.nbytes,
+            self._lengths.nbytes,
+            *(segment.nbytes for segment in self.segments),
+        ]
         held += [query.nbytes for query in self._first_queries]
         held += [x.nbytes for x in (self._mean_query, self.transform) if x is not None]
         return sum(held)
@@ -106,7 +113,7 @@ class SequenceCache:
         other.segments = [segment.clone() for segment in self.segments]
         other.n_waiting = list(self.n_waiting)
         other._first_queries, other._images = list(self._first_queries), list(self._images)
-        other._scores = self._scores.clone()
+        other._scores, other._lengths = self._scores.clone(), self._lengths.clone()
         return other
 
     # ---- new tokens
@@ -134,6 +141,7 @@ class SequenceCache:
             n_out = max(0, (self.n_recent + len(new) - self.policy.window) // unit * unit)
         if n_out == 0:
             self.floats.append(new.keys, new.values, new.positions)
+            self._lengths[0] += len(new)
         else:
             held = Tokens(*self.floats.dense(), self.floats.positions)
             first = self.floats.count - self.n_recent
@@ -163,6 +171,11 @@ class SequenceCache:
         self.floats.positions = []
         self.floats.append(laid.keys, laid.values, laid.positions)
         self._scores, self._images = self._scores[:, n_out:].clone(), self._images[n_out:]
+        self._count()
+
+    def _count(self) -> None:
+        counts = [self.floats.count, *(segment.count for segment in self.segments)]
+        self._lengths.copy_(torch.tensor(counts, dtype=torch.int32))
 
     def _store(self, index: int, tokens: Tokens) -> None:
         if len(tokens):
@@ -228,8 +241,11 @@ class SequenceCache:
 
     def attend(self, query: Tensor) -> Part:
         """Attention of queries that see every token of the cache, on the original basis."""
-        parts = [self.floats.attend(query)] if self.floats.count else []
         coded = [segment for segment in self.segments if segment.count]
+        packed = [segment for segment in coded if isinstance(segment, PackedSegment)]
+        if len(packed) == len(coded) and supports(query, [segment.spec for segment in packed]):
+            return self._decode(query)
+        parts = [self.floats.attend(query)] if self.floats.count else []
         if coded:
             assert self.transform is not None
             inner, shift = self.transform.query(query)
@@ -238,6 +254,18 @@ class SequenceCache:
                 Part(self.transform.original_values(part.output), part.lse if shift is None else part.lse + shift)
             )
         return merge(parts)
+
+    def _decode(self, query: Tensor) -> Part:
+        """`attend` by the kernels."""
+        transform = self.transform
+        assert transform is not None
+        pages = [
+            Pages(segment.spec, segment.tensors, 1 + index)
+            for index, segment in enumerate(self.segments)
+            if isinstance(segment, PackedSegment) and segment.count
+        ]
+        basis = Basis(transform.rotate_keys, transform.rotate_values, transform.key_mean, transform.value_scale)
+        return decode(query.contiguous(), 1.0, pages, (self.floats.keys, self.floats.values), self._lengths, basis)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -293,3 +321,4 @@ class SequenceCache:
         self._scores, self._images = self._scores[:, : len(areas[-1])], self._images[: len(areas[-1])]
         if self._first_queries:
             self._first_queries = [torch.cat(self._first_queries, 2)[:, :, :length]]
+        self._count()

@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,49 +31,6 @@ SPILL_LIMIT = {1: 64, 16: 96, 64: 192}  # bytes per thread by tokens; Triton 3.6
 WIDTHS = [1, 2, 3, 4, 8]
 
 
-class Sm90:
-    """Stands where Triton expects the driver of a device: compiling asks for the target only."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-
-@pytest.fixture
-def compile_for_sm90(tmp_path, monkeypatch):
-    """A function that compiles a kernel for the arguments of a launch and returns (metadata, SASS, resources)."""
-    triton = pytest.importorskip("triton")
-    tool = shutil.which("cuobjdump") or str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-    if not Path(tool).exists():
-        pytest.skip("no cuobjdump, in this Triton or on the PATH")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    had_driver = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Sm90())
-
-    def compile_kernel(kernel, grid, arguments):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Triton's own, about its defaults
-            compiled = kernel.warmup(grid=grid, **arguments, ASM=True)
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-
-        def dump(option: str) -> str:
-            return subprocess.run([tool, option, str(cubin)], capture_output=True, text=True, check=True).stdout
-
-        resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage"))}
-        return compiled.metadata, dump("-sass"), resources
-
-    yield compile_kernel
-    triton.runtime.driver._active = had_driver
-
-
 def layer(counts: dict[int, int], symmetric: bool, group_size: int = 128) -> tuple[GroupedIntSpec, dict]:
     spec = GroupedIntSpec(
         out_features=192,
@@ -99,7 +52,7 @@ def check_fused(compile_kernel, spec, tensors, m, dtype):
     x, out = torch.zeros(m, spec.in_features, dtype=dtype), torch.zeros(m, spec.out_features, dtype=dtype)
     partial = torch.zeros(partial_size(m, spec, config, per_split))
     grid, arguments = fused_launch(x, spec, tensors, None, out, partial, config=config, per_split=per_split)
-    metadata, sass, resources = compile_kernel(fused_kernel, grid, arguments)
+    metadata, sass, resources = compile_kernel(fused_kernel, grid, arguments, ASM=True)
     assert metadata.shared <= SHARED_LIMIT
     assert resources["STACK"] <= SPILL_LIMIT[m]
     assert re.search(r"\bHG?MMA\.", sass)
@@ -130,6 +83,6 @@ def test_dequantize(compile_for_sm90, bits):
     spec, tensors = layer({bits: 32}, False)
     out = torch.zeros(spec.out_features, spec.in_features, dtype=torch.bfloat16)
     for grid, arguments in dequantize_launches(spec, tensors, 0, out):
-        _, sass, resources = compile_for_sm90(dequantize_kernel, grid, arguments)
+        _, sass, resources = compile_for_sm90(dequantize_kernel, grid, arguments, ASM=True)
         assert resources["LOCAL"] == resources["STACK"] == 0
         assert "STG.E.128" in sass

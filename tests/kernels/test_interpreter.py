@@ -1,4 +1,4 @@
-"""Runs interpreter_cases.py where Triton is imported in interpreter mode: in a fresh process."""
+"""Runs the interpreter cases where Triton is imported in interpreter mode: in a fresh process."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-CASES = Path(__file__).with_name("interpreter_cases.py")
+FILES = ["interpreter_cases.py", "kv_interpreter_cases.py"]
 
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter():
-    root = CASES.parents[2]
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_in_the_interpreter(name):
+    cases = Path(__file__).with_name(name)
+    root = cases.parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

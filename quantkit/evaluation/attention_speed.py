@@ -1,0 +1,192 @@
+"""Speed of attention over a quantized cache on a GPU, beside the stock 16-bit kernels on the same tensors.
+
+One decode step of one sequence: queries of one token, 8 KV heads, head dimension 128. Every measured graph works
+through copies of the cache that together exceed the L2 cache by far, so what is read comes from memory. Times are
+medians over replays, with the 10th and 90th percentile; competitors take turns. Every output is compared with attention
+in float32 first.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.algorithms.kv.registry import parse_kv_spec
+from quantkit.errors import RequestError
+from quantkit.kernels.kv_decode import Basis, DecodeConfig, Pages, choose_config, decode
+from quantkit.runtime.kv_segment import PackedSegment
+from quantkit.runtime.kv_sequence import SequenceCache
+
+HEADS, HEAD_DIM = 8, 128
+_ROTATED_BYTES = 512 << 20  # copies of a cache together: 10 times the L2 cache of an H200
+_STEP = 4096  # tokens that are appended at a time
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Competitor:
+    """One way to attend: calls on different copies of the same cache, and the bytes that one call must read."""
+
+    name: str
+    calls: list[Call]
+    nbytes: int
+
+
+def bench_attention(
+    contexts: Sequence[int] = (8192, 32768, 131072),
+    groups: Sequence[int] = (4, 8),
+    specs: Sequence[str] = ("akvq-vl:bits=4", "akvq-vl", "zipcache"),
+    replays: int = 30,
+) -> dict[str, Any]:
+    """Times of a decode step, by context length and query heads per KV head.
+
+    Raises:
+        RequestError: no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise RequestError("bench attention needs a CUDA device")
+    cells = []
+    for context in contexts:
+        keys, values = random_cache(context)
+        for group in groups:
+            generator = torch.Generator("cuda").manual_seed(group)
+            query = torch.randn(HEADS, group, HEAD_DIM, generator=generator, device="cuda", dtype=torch.bfloat16)
+            competitors = [*stock(query, keys, values), *(quantized(spec, query, keys, values) for spec in specs)]
+            cells.append({"context": context, "group": group, "results": measure(competitors, replays)})
+    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "heads": HEADS, "cells": cells}
+
+
+def random_cache(context: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [HEADS, context, HEAD_DIM], bfloat16, random."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (HEADS, context, HEAD_DIM)
+    keys, values = (torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return keys, values
+
+
+def stock(query: Tensor, keys: Tensor, values: Tensor) -> list[Competitor]:
+    """The flash and cuDNN kernels of torch, bfloat16."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    nbytes = keys.nbytes + values.nbytes
+    copies = [(keys[None].clone(), values[None].clone()) for _ in range(-(-_ROTATED_BYTES // nbytes))]
+    rows = query.reshape(1, -1, 1, HEAD_DIM)
+
+    def call(backend: Any, k: Tensor, v: Tensor) -> Call:
+        def run() -> Tensor:
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(rows, k, v, enable_gqa=True)
+
+        return run
+
+    backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+    return [
+        Competitor(name, [call(backend, *copy) for copy in copies], nbytes)
+        for name, backend in backends.items()
+        if _runs(call(backend, *copies[0]))
+    ]
+
+
+def _runs(call: Call) -> bool:
+    try:
+        call()
+    except RuntimeError:  # this build or device has no such kernel
+        return False
+    return True
+
+
+def quantized(
+    spec: str, query: Tensor, keys: Tensor, values: Tensor, config: DecodeConfig | None = None, name: str = ""
+) -> Competitor:
+    """Attention of a policy's cache over the packed pages; its newest tokens are in 16 bits."""
+    policy = parse_kv_spec(spec).layer_policy(0)
+    sequence = SequenceCache(policy, HEADS, HEAD_DIM, torch.float16, keys.device)
+    for start in range(0, keys.shape[1], _STEP):
+        here = slice(start, start + _STEP)
+        sequence.append(keys[:, here], values[:, here], keys[:, None, here].float())
+    nbytes = sequence.nbytes
+    calls = [_call(sequence, query, config)]
+    calls += [_call(sequence.clone(), query, config) for _ in range(-(-_ROTATED_BYTES // nbytes) - 1)]
+    expected = _dense(sequence, query)
+    error = float((calls[0]().float() - expected).norm() / expected.norm())
+    assert error < 5e-3, (spec, error)
+    return Competitor(name or spec, calls, nbytes)
+
+
+def _call(sequence: SequenceCache, query: Tensor, config: DecodeConfig | None) -> Call:
+    transform = sequence.transform
+    assert transform is not None
+    pages = [
+        Pages(segment.spec, segment.tensors, 1 + index)
+        for index, segment in enumerate(sequence.segments)
+        if isinstance(segment, PackedSegment) and segment.count
+    ]
+    basis = Basis(transform.rotate_keys, transform.rotate_values, transform.key_mean, transform.value_scale)
+    configs = [config or choose_config(each.spec, each.tensors["key_words"].shape[1]) for each in pages]
+    floats = (sequence.floats.keys, sequence.floats.values)
+    lengths = sequence._lengths
+    return lambda: decode(query, HEAD_DIM**-0.5, pages, floats, lengths, basis, configs, torch.bfloat16).output
+
+
+def _dense(sequence: SequenceCache, query: Tensor) -> Tensor:
+    """Attention on the decoded tokens, float32."""
+    keys, values = sequence.dense()
+    scores = query.float() * HEAD_DIM**-0.5 @ keys.mT
+    output: Tensor = scores.softmax(-1) @ values
+    return output
+
+
+def measure(competitors: Sequence[Competitor], replays: int) -> list[dict[str, Any]]:
+    """Microseconds per call in CUDA graphs that are replayed in turns."""
+    graphs = [_capture(competitor.calls) for competitor in competitors]
+    times: list[list[float]] = [[] for _ in graphs]
+    for replay in range(replays + 3):
+        for graph, column in zip(graphs, times, strict=True):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            if replay >= 3:
+                column.append(start.elapsed_time(stop))
+    results = []
+    for competitor, column in zip(competitors, times, strict=True):
+        column.sort()
+        p10, median, p90 = (column[round(share * (len(column) - 1))] for share in (0.1, 0.5, 0.9))
+        scale = 1e3 / len(competitor.calls)
+        results.append(
+            {
+                "name": competitor.name,
+                "microseconds": median * scale,
+                "p10": p10 * scale,
+                "p90": p90 * scale,
+                "bytes": competitor.nbytes,
+                "terabytes_per_second": competitor.nbytes / (median * scale * 1e6),
+            }
+        )
+    return results
+
+
+def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    gc.disable()  # a kernel that is destroyed during capture ends it
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    finally:
+        gc.enable()
+    return graph

@@ -1,0 +1,38 @@
+"""Compiles the decode kernels for an H100/H200 (sm_90) without a GPU and reads the machine code."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+from kv_caches import filled
+
+from quantkit.kernels.kv_decode import choose_config, decode_launches
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton was imported as interpreter"),
+]
+
+
+@pytest.mark.parametrize("spec", ["akvq-vl", "akvq-vl:bits=4", "int2", "int4"])
+def test_decode(compile_for_sm90, spec):
+    from quantkit.kernels import kv_attention_triton as kernels
+
+    case = filled(spec, n=600, heads=1, head_dim=128)
+    result, lse = torch.zeros(case.query.shape), torch.zeros(case.query.shape[:2])
+    configs = [choose_config(pages.spec, 1024) for pages in case.segments]
+    launches = decode_launches(
+        case.query.half(), 1.0, case.segments, case.floats, case.lengths, case.basis, result, lse, configs
+    )
+    for name, grid, arguments in launches:
+        extra = {"ASM": True} if name == "decode_kernel" else {}
+        metadata, sass, resources = compile_for_sm90(getattr(kernels, name), grid, arguments, **extra)
+        assert metadata.shared <= 232448
+        assert resources["STACK"] == 0, name
+        if name == "decode_kernel":
+            assert re.search(r"\bHMMA\.", sass)
+            assert "LDGSTS.E.BYPASS.128" in sass  # words of keys and values: asynchronous copies of 16 bytes
+            assert not re.search(r"\bI2F", sass.split("HMMA")[1])  # no conversion per code

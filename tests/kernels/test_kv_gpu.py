@@ -1,0 +1,82 @@
+"""The decode kernels and the cache on a CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kv_caches import filled, reference
+from tiny_models import build
+
+import quantkit
+from quantkit.kernels.kv_decode import DecodeConfig, decode
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("default"),
+]
+
+
+def run(case, **options):
+    return decode(case.query, case.scaling, case.segments, case.floats, case.lengths, case.basis, **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("group", [1, 4, 8, 16])
+@pytest.mark.parametrize("spec", ["int2", "int4", "int8", "akvq-vl", "akvq-vl:bits=4,centre=0", "zipcache:share=0.3"])
+def test_against_attention_on_decoded_tokens(spec, group, head_dim):
+    for n in (65, 161, 3000):
+        case = filled(spec, n=n, heads=2, group=group, head_dim=head_dim, device="cuda")
+        part = run(case)
+        output, lse = reference(case)
+        assert torch.allclose(part.lse.double(), lse, atol=8e-3)
+        assert float((part.output - output).norm() / output.norm()) <= 3e-3
+
+
+@pytest.mark.parametrize("spec", ["akvq-vl", "int4"])
+@pytest.mark.parametrize("warps", [1, 2, 4])
+@pytest.mark.parametrize("splits", [1, 7, 64])
+def test_any_launch_shape(spec, warps, splits):
+    case = filled(spec, n=2000, group=8, head_dim=128, device="cuda")
+    part = run(case, configs=[DecodeConfig(splits=splits, warps=warps, stages=2)])
+    output, _ = reference(case)
+    assert float((part.output - output).norm() / output.norm()) <= 3e-3
+
+
+def test_the_same_call_gives_the_same_bits():
+    case = filled("akvq-vl", n=5000, head_dim=128, device="cuda")
+    first = run(case)
+    for _ in range(50):
+        again = run(case)
+        assert torch.equal(first.output, again.output)
+        assert torch.equal(first.lse, again.lse)
+
+
+def test_a_graph_replays_at_other_lengths():
+    """Lengths are read from the device: what was captured serves shorter histories too."""
+    case = filled("int4", n=2000, head_dim=128, device="cuda")
+    run(case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        part = run(case)
+    whole = case.lengths.clone()
+    for lengths in ([32, 128], [1, 1000], [int(whole[0]), int(whole[1])], [0, 300]):
+        case.lengths.copy_(torch.tensor(lengths))
+        graph.replay()
+        assert torch.equal(part.output, run(case).output)
+        assert part.output.isfinite().all()
+
+
+@pytest.mark.parametrize("spec", ["akvq-vl", "zipcache", "kivi:window=16", "int4:rotate=yes"])
+def test_a_model_on_the_gpu_gives_the_cpus_logits(spec):
+    """float32 model; codes of keys that differ in the last bit may differ by a step, so the bound is a statistic."""
+    tokens = torch.randint(4, 260, (2, 150), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for device in ("cpu", "cuda"):
+        model = build("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=64, hidden_size=64).to(device)
+        cache = quantkit.kv_cache(model, spec)
+        with torch.inference_mode():
+            parts = tokens.to(device).split([120, *[1] * 30], 1)
+            logits.append(torch.cat([model(part, past_key_values=cache).logits for part in parts], 1).cpu())
+    difference = (logits[0] - logits[1])[:, 120:]
+    assert float(difference.norm() / logits[0][:, 120:].norm()) <= 0.05
