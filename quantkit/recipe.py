@@ -30,6 +30,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "criterion": ("mse", "kl"),
     "qk_metric": ("outputs", "logits"),
     "tokens": ("all", "text", "image"),
+    "salience": ("hessian", "rms", "absmax"),
+    "block_scales": ("all", "paper"),
 }
 _OPTIONAL: dict[str, type] = {
     "bits": float,
@@ -51,6 +53,15 @@ _BOA_SETTINGS = (
     "row_order",
     "joint_rows",
     "late_grids",
+)
+_PTQ161_SETTINGS = (
+    "salient_bits",
+    "salience",
+    "compensate",
+    "block_steps",
+    "block_lr",
+    "block_scales",
+    "block_angular",
 )
 
 
@@ -109,6 +120,19 @@ class Recipe:
     vision_bits: int | None = field(
         default=None, metadata={"help": "also round vision tower and projector: 8 or 4; none: they stay in 16 bits"}
     )
+    salient_bits: int = field(default=4, metadata={"help": "ptq161: width of the salient channels' codes, 2 to 8"})
+    salience: str = field(
+        default="hessian", metadata={"help": "ptq161: channels at 4 bits by hessian, rms or absmax (paper)"}
+    )
+    compensate: bool = field(default=True, metadata={"help": "ptq161: signs with compensation; false: plain (paper)"})
+    block_steps: int = field(
+        default=0, metadata={"help": "ptq161: gradient steps on the scales of each block at most; 0: none"}
+    )
+    block_lr: float = field(default=1e-3, metadata={"help": "ptq161: learning rate of block_steps"})
+    block_scales: str = field(
+        default="all", metadata={"help": "ptq161: trained are all scales, or those of the binary part (paper)"}
+    )
+    block_angular: bool = field(default=True, metadata={"help": "ptq161: angles count in the loss of block_steps"})
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -134,6 +158,7 @@ class Recipe:
         self._check_modalities()
         self._check_factors()
         self._check_boa()
+        self._check_ptq161()
         self._check_widths()
 
     def _check_combination(self) -> None:
@@ -198,7 +223,35 @@ class Recipe:
             if item.name in _BOA_SETTINGS and getattr(self, item.name) != item.default:
                 raise RequestError(f"{item.name} is a setting of solver=boa; use --method boa")
 
+    def _check_ptq161(self) -> None:
+        if self.solver != "ptq161":
+            for item in fields(self):
+                if item.name in _PTQ161_SETTINGS and getattr(self, item.name) != item.default:
+                    raise RequestError(f"{item.name} is a setting of solver=ptq161; use --method ptq161")
+            return
+        if not 2 <= self.salient_bits <= 8:
+            raise RequestError(f"salient_bits is a width of 2 to 8 bits, not {self.salient_bits}")
+        if self.bits > self.salient_bits:
+            raise RequestError(
+                f"solver=ptq161 mixes signs and {self.salient_bits}-bit channels: 1 to {self.salient_bits} bits on "
+                f"average, not {self.bits:g}"
+            )
+        if self.group_size is not None:
+            raise RequestError("solver=ptq161 has one scale of each kind per row; use --group-size 0")
+        if self.symmetric:
+            raise RequestError("solver=ptq161 needs a free zero for its 4-bit channels; leave symmetric false")
+        if self.allocator != "uniform" or self.bpw is not None:
+            raise RequestError("solver=ptq161 spends its bits on salient channels; give it --bits, and no allocator")
+        if self.act_order != "none":
+            raise RequestError("solver=ptq161 has an order of its own, salient channels last; leave act_order none")
+        if not 0 <= self.block_steps <= 1_000_000:
+            raise RequestError(f"block_steps is a number of steps, 0 or more, not {self.block_steps}")
+        if not 0 < self.block_lr <= 1:
+            raise RequestError(f"block_lr is a learning rate above 0, at most 1, not {self.block_lr:g}")
+
     def _check_widths(self) -> None:
+        if self.solver == "ptq161":
+            return
         if not self.mixes_widths:
             budget = f"--bpw {self.bpw:g}" if self.bpw is not None else f"--bits {self.bits}"
             if self.bpw is not None or self.bits != int(self.bits):
@@ -279,6 +332,11 @@ class Recipe:
     def needs_calibration(self) -> bool:
         scores = self.allocator not in ("uniform", "zd", "random")  # these need no activations
         return self.solver != "rtn" or self.refine > 0 or scores or self.grid_name == "hessian" or self.factorizes
+
+    @property
+    def follows_float_model(self) -> bool:
+        """The float model's hidden states are kept beside those of the quantized one."""
+        return self.correction > 0 or self.block_steps > 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | ({} if self.bpw is None else {"bits": None})

@@ -1,13 +1,13 @@
 """Scales of a whole block, trained on what the block puts out. Signs, means, codes and zeros stay.
 
-Paper      PTQ1.61, arXiv:2502.13179, section 3.3 and the authors' settings: AdamW without decay, one sequence a step, row
-           scales at 5e-4, row and column multipliers at 1e-3.
-Minimizes  for each target t: ``MSE(y, t) - log |mean cos(y, t)|``, the cosine along the hidden dimension. The paper has two
-           targets: the float block on the float model's inputs, and the float block on the inputs that y sees too.
-Deviates   ``parameters="all"`` trains multipliers alone (of row scales, means, column scales and 4-bit scales), so that a
-           step is relative to what it changes. An eighth of the sequences is held out; what is returned is the stored
-           (float16) state with the least loss on it, the start included, and training stops when ``patience`` epochs in a
-           row have not improved it. The authors take the last state.
+Paper      PTQ1.61, arXiv:2502.13179, and the authors' settings: AdamW without decay, one sequence a step, row scales at
+           5e-4, row and column multipliers at 1e-3.
+Minimizes  for each target t: ``MSE(y, t) - log |mean cos(y, t)|``, the cosine along the hidden dimension. The paper has
+           two targets: the float block on the float model's inputs, and on the inputs that y sees too.
+Deviates   ``parameters="all"`` trains multipliers alone (of row scales, means, column scales and 4-bit scales), so that
+           a step is relative to what it changes. An eighth of the sequences is held out; what is returned is the stored
+           (float16) state with the least loss on it, the start included, and training stops when ``patience`` epochs in
+           a row have not improved it. The authors take the last state.
 Needs      a differentiable forward of the block; the only gradients here are those of one block.
 Cost       a step is a forward and a backward of the block on one sequence.
 """
@@ -65,7 +65,7 @@ def optimize_scales(
     targets: Targets,
     n_samples: int,
     config: BlockConfig,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> Optimized:
     """Train the scales of the linears of one block.
 
@@ -73,7 +73,7 @@ def optimize_scales(
         weights: by name.
         forward: differentiable in the weights it is given, float32 ``[out, in]`` each.
         targets: without gradients.
-        progress: told the number of steps and the held-out loss after every epoch.
+        progress: after every epoch told the steps done, the most there will be, and the held-out loss.
 
     Raises:
         NumericalError: the loss became NaN or infinite.
@@ -107,7 +107,7 @@ def optimize_scales(
         if not torch.isfinite(torch.tensor(now)):
             raise NumericalError("training of the block's scales diverged; use a lower --set lr, or optimize=none")
         if progress is not None:
-            progress(step, now)
+            progress(step, config.steps, now)
         waited += 1
         if now < least:
             best, least, waited = stored, now, 0
@@ -118,9 +118,10 @@ class _Scales:
     """What is trained of one weight. Multipliers of a row act on its scale and its mean alike."""
 
     def __init__(self, weight: SignSalient, config: BlockConfig) -> None:
-        self._weight, self._config = weight, config
         assert weight.row_means is not None
         assert weight.column_scales is not None
+        self._weight, self._config = weight, config
+        self._means, self._given_columns = weight.row_means, weight.column_scales
         paper = config.parameters == "paper"
         self._rows = _leaf(weight.row_scales if paper else torch.ones_like(weight.row_scales))
         self._multipliers = _leaf(torch.ones_like(weight.row_scales))  # paper: r1; else of the means
@@ -144,8 +145,8 @@ class _Scales:
         return replace(
             given,
             row_scales=rows,
-            row_means=given.row_means * self._multipliers,
-            column_scales=given.column_scales * self._columns,
+            row_means=self._means * self._multipliers,
+            column_scales=self._given_columns * self._columns,
             salient=salient,
         )
 

@@ -1,7 +1,7 @@
 """PTQ1.61: salient input channels keep 4 bits, every other weight keeps its sign.
 
-Paper      Zhao et al., ACL 2025, arXiv:2502.13179. The mask names whole input channels, so that it costs 1 / out bits per
-           weight. Elsewhere ``w ~ r_c (alpha_o b + mu_o)``, b = +-1, with a scale r of each channel.
+Paper      Zhao et al., ACL 2025, arXiv:2502.13179. The mask names whole input channels, so that it costs 1 / out bits
+           per weight. Elsewhere ``w ~ r_c (alpha_o b + mu_o)``, b = +-1, with a scale r of each channel.
 Minimizes  tr((W - Q) H (W - Q)^T), H = (2 / n_tokens) X^T X, like every solver here. The paper keeps the signs of the
            weights and trains alpha and r by gradients; `quantkit.algorithms.block_scales` does that, after this or not.
 Deviates   Signs are chosen column by column with compensation, as GPTQ does it, under several candidate steps per row;
@@ -27,11 +27,11 @@ from quantkit.errors import NumericalError
 from quantkit.formats.grouped_int import GroupedInt
 from quantkit.formats.sign_salient import SignSalient
 
-SALIENT_BITS = 4
 _STEPS = (1.0, 0.8, 0.9, 1.1, 1.2, 1.35, 1.5, 1.75)  # times the step that is best without compensation inside the row
 _SMALLEST_COLUMN = 1e-3  # of the mean column scale; a channel of zeros would divide by zero
 _BLOCK = 128  # columns whose products with H are updated together; changes speed, not codes
 _RANK1_ROUNDS = 8
+_SCRATCH_BYTES = 1 << 29  # of rows that are tried under all candidates at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,7 @@ class PTQ161Config:
     damping: float = 0.01  # lambda, as a fraction of mean(diag(H))
     compensate: bool = True  # signs with compensation; False: signs of the weights, the paper's start
     rounds: int = 2  # of scales, then codes, after that
+    salient_bits: int = 4  # of the codes of salient channels
     shortlist: int = 8  # 4-bit grids per row that are tried in the loop itself, where the grid offers several
 
 
@@ -58,9 +59,10 @@ class Parts:
     alpha: Tensor  # [out], of either sign
     mu: Tensor  # [out]
     r: Tensor  # [n]
-    codes: Tensor  # [out, k], 0 to 15
+    codes: Tensor  # [out, k], 0 to 2 ** bits - 1
     scales: Tensor  # [out]
     zeros: Tensor  # [out]
+    bits: int  # of the codes
 
     def values(self) -> Tensor:
         """``[out, n + k]``."""
@@ -68,21 +70,21 @@ class Parts:
         return torch.cat([binary, self.scales.unsqueeze(1) * (self.codes - self.zeros.unsqueeze(1))], 1)
 
 
-def n_salient(in_features: int, bits: float) -> int:
-    """How many channels get 4 bits when the codes take ``bits`` per weight on average; one bit at least elsewhere.
+def n_salient(in_features: int, bits: float, salient_bits: int) -> int:
+    """How many channels get ``salient_bits`` when codes and signs take ``bits`` per weight; one at least gets signs.
 
-    >>> n_salient(4096, 1.6)
+    >>> n_salient(4096, 1.6, 4)
     819
     """
-    return min(round((bits - 1) / (SALIENT_BITS - 1) * in_features), in_features - 1)
+    return min(round((bits - 1) / (salient_bits - 1) * in_features), in_features - 1)
 
 
 def salience(kind: str, weight: Tensor, hessian: Tensor, absmax: Tensor | None = None) -> Tensor:
     """``[in]``, how much a channel deserves 4 bits.
 
     Args:
-        kind: ``absmax`` the largest |x| over the calibration tokens (paper); ``rms`` the diagonal of H; ``hessian`` what
-            the layer objective loses without the channel, ``H_cc ||W[:, c]||^2``.
+        kind: ``absmax`` the largest |x| over the calibration tokens (paper); ``rms`` the diagonal of H; ``hessian``
+            what the layer objective loses without the channel, ``H_cc ||W[:, c]||^2``.
         absmax: ``[in]``, needed for its kind alone.
     """
     if kind == "absmax":
@@ -119,10 +121,11 @@ def ptq161(weight: Tensor, hessian: Tensor, salient: Tensor, grid_fit: GridFit, 
     W = W[:, columns]
     U, damping = damped_inverse_factor(H[columns][:, columns], config.damping)
     H = damped(H, damping)[columns][:, columns]
+    bits = config.salient_bits
     if config.compensate:
-        parts = _compensated(W, U, k, grid_fit, config.shortlist)
+        parts = _compensated(W, U, k, bits, grid_fit, config.shortlist)
     else:
-        parts = plain(W, H, k, grid_fit)
+        parts = plain(W, H, k, bits, grid_fit)
     for _ in range(config.rounds):
         parts = descend(W, H, refit_columns(W, H, refit_rows(W, H, parts)))
     if config.rounds:
@@ -144,7 +147,7 @@ def _stored(parts: Parts, columns: Tensor, salient: Tensor) -> SignSalient:
         codes=parts.codes[:, rest].to(torch.uint8),
         scales=parts.scales.float().unsqueeze(1),
         zeros=parts.zeros.float().unsqueeze(1),
-        bits=(SALIENT_BITS,),
+        bits=(parts.bits,),
         symmetric=False,
     )
     return SignSalient(
@@ -157,7 +160,7 @@ def _stored(parts: Parts, columns: Tensor, salient: Tensor) -> SignSalient:
     )
 
 
-def plain(weight: Tensor, metric: Tensor, k: int, grid_fit: GridFit) -> Parts:
+def plain(weight: Tensor, metric: Tensor, k: int, bits: int, grid_fit: GridFit) -> Parts:
     """Signs around the mean of each row, alpha the mean of |w|, no column scales; the last k columns rounded.
 
     Args:
@@ -169,31 +172,37 @@ def plain(weight: Tensor, metric: Tensor, k: int, grid_fit: GridFit) -> Parts:
     signs = torch.where(binary >= mu.unsqueeze(1), 1.0, -1.0).to(weight.dtype)
     grid = _no_grid(weight)
     if k:
-        grid = grid_fit(rest, SALIENT_BITS, False, torch.linalg.cholesky(metric[n:, n:].double()).to(weight.dtype))
-    return Parts(signs, alpha, mu, weight.new_ones(n), quantize(rest, grid, SALIENT_BITS), grid.scales, grid.zeros)
+        grid = grid_fit(rest, bits, False, torch.linalg.cholesky(metric[n:, n:].double()).to(weight.dtype))
+    return Parts(signs, alpha, mu, weight.new_ones(n), quantize(rest, grid, bits), grid.scales, grid.zeros, bits)
 
 
-def _compensated(weight: Tensor, U: Tensor, k: int, grid_fit: GridFit, shortlist: int) -> Parts:
+def _compensated(weight: Tensor, U: Tensor, k: int, bits: int, grid_fit: GridFit, shortlist: int) -> Parts:
     """GPTQ over two groups: signs of the columns divided by their scale, then integers.
 
     Dividing column c by r_c multiplies row and column c of H by r_c, and so divides column c of U by it.
     """
     n = weight.shape[1] - k
     r = rank_one_scales(weight[:, :n])
-    binary, factor, config = weight[:, :n] / r, U[:n, :n] / r, GPTQConfig()
-    grid, bits, E = quantize_group(binary, factor, _sign_candidates(binary, factor), 1, config)
-    rest = weight[:, n:] - E @ U[:n, n:]
-    salient, codes = _no_grid(weight), rest
-    if k:
-        candidates = grid_candidates(rest, SALIENT_BITS, False, _inverse(U[n:, n:]), grid_fit, shortlist)
-        salient, codes, _ = quantize_group(rest, U[n:, n:], candidates, SALIENT_BITS, config)
-    alpha, mu = _half(grid.scales / 2), _half(grid.scales * (0.5 - grid.zeros))
-    return Parts(2 * bits - 1, alpha, mu, r, codes, salient.scales, salient.zeros)
+    factor, config = U[:n, :n] / r, GPTQConfig()
+    metrics, steps = (_inverse(factor), _inverse(U[n:, n:])), U[:n, n:]
+    pieces = []
+    for rows in torch.split(weight, max(1, _SCRATCH_BYTES // (24 * len(_STEPS) * n))):  # rows know nothing of others
+        binary = rows[:, :n] / r
+        grid, signs, E = quantize_group(binary, factor, _sign_candidates(binary, metrics[0]), 1, config)
+        rest = rows[:, n:] - E @ steps
+        salient, codes = _no_grid(rows), rest
+        if k:
+            candidates = grid_candidates(rest, bits, False, metrics[1], grid_fit, shortlist)
+            salient, codes, _ = quantize_group(rest, U[n:, n:], candidates, bits, config)
+        alpha, mu = _half(grid.scales / 2), _half(grid.scales * (0.5 - grid.zeros))
+        pieces.append((2 * signs - 1, alpha, mu, codes, salient.scales, salient.zeros))
+    signs, alpha, mu, codes, scales, zeros = (torch.cat(piece) for piece in zip(*pieces, strict=True))
+    return Parts(signs, alpha, mu, r, codes, scales, zeros, bits)
 
 
-def _sign_candidates(binary: Tensor, factor: Tensor) -> Grid:
+def _sign_candidates(binary: Tensor, metric: Tensor) -> Grid:
     """[n, out] two-level grids around the best one for plain signs."""
-    base = GRIDS["hessian"](binary, 1, False, _inverse(factor))
+    base = GRIDS["hessian"](binary, 1, False, metric)
     center = base.scales * (0.5 - base.zeros)
     steps = torch.tensor(_STEPS, dtype=binary.dtype, device=binary.device).unsqueeze(1)
     scales = storable_scales(steps * base.scales)
@@ -292,7 +301,7 @@ def descend(weight: Tensor, hessian: Tensor, parts: Parts) -> Parts:
                 signs[c] = torch.where((best - mu) * alpha < 0, -1.0, 1.0)
                 value = alpha * signs[c] + mu
             else:
-                code = (best / parts.scales + parts.zeros).round_().clamp_(0, 2**SALIENT_BITS - 1)
+                code = (best / parts.scales + parts.zeros).round_().clamp_(0, 2**parts.bits - 1)
                 codes[c - n] = code
                 value = parts.scales * (code - parts.zeros)
             change = value - W[c] - E[c]

@@ -59,6 +59,19 @@ METHODS: dict[str, Method] = {
         summary="GPTQ aimed half way at the float model's outputs, stage by stage, refined: the default below 4 bits.",
         defaults={"damping": 0.1, "act_order": "group", "correction": 0.5, "refine": 2, "sequential": True},
     ),
+    "ptq161": Method(
+        title="PTQ1.61",
+        paper="arXiv:2502.13179",
+        summary="A fifth of the input channels at 4 bits, signs elsewhere, with scales of rows and columns.",
+        defaults={
+            "solver": "ptq161",
+            "bits": 1.6,
+            "group_size": None,
+            "refine": 2,
+        },
+        formats=("sign_salient",),
+        bits=(1, 4),
+    ),
     "layerwise": Method(
         title="Layer-wise beyond integer bits",
         paper="arXiv:2406.17415",
@@ -107,5 +120,6 @@ GRID_CHOICES: dict[str, str] = {
 SOLVERS: dict[str, str] = {
     "rtn": "rounding",
     "gptq": "column by column with compensation through the inverse Hessian",
+    "ptq161": "signs with compensation, then 4-bit codes of the salient input channels (PTQ1.61)",
     "boa": "gptq, and for query, key and value also row by row, by what attention does with them",
 }

@@ -25,6 +25,7 @@ class InputStatistics:
     n_tokens: float = 0  # the sum of the tokens' weights, where they are weighted
     gram: Tensor | None = None  # float32 [in, in], sum of x x^T, each token by its weight
     cross_gram: Tensor | None = None  # float32 [in, in], sum of x~ x^T, x~ the same token's input in the float model
+    absmax: Tensor | None = None  # float32 [in], the largest |x| of each channel
     sample: list[Tensor] = field(default_factory=list)  # float32 [<= sample_rows, in] in pieces
 
     def hessian(self) -> Tensor | None:
@@ -46,11 +47,12 @@ class StatisticsRecorder:
     Args:
         linears: name to module.
         rows_per_call: rows of each input kept as a sample, evenly spaced over the call's tokens; 0 keeps none.
+        absmax: keep the largest magnitude of each channel too.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Module], rows_per_call: int = 0) -> None:
+    def __init__(self, linears: Mapping[str, nn.Module], rows_per_call: int = 0, absmax: bool = False) -> None:
         self._linears = linears
-        self._rows_per_call = rows_per_call
+        self._rows_per_call, self._absmax = rows_per_call, absmax
         self._leader: dict[str, str] = {}  # linear -> the linear whose statistics it shares
         self._seen: list[tuple[Tensor, str]] = []  # inputs of the running call; kept alive so that identity is sound
         self._statistics: dict[str, InputStatistics] = {}
@@ -116,6 +118,9 @@ class StatisticsRecorder:
             float_rows, _ = self._weighted(name, self._float_inputs[name].reshape(-1, rows.shape[1]).float())
             cross = float_rows.t() @ rows
             entry.cross_gram = cross if entry.cross_gram is None else entry.cross_gram.add_(cross)
+        if self._absmax:
+            largest = rows.abs().amax(0)
+            entry.absmax = largest if entry.absmax is None else torch.maximum(entry.absmax, largest)
         if self._rows_per_call:
             n = min(self._rows_per_call, rows.shape[0])
             entry.sample.append(rows[torch.arange(n, device=rows.device) * rows.shape[0] // n].cpu())

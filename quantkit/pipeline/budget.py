@@ -21,6 +21,7 @@ from quantkit.formats.grouped_int import GroupedIntSpec, check_group_size
 from quantkit.formats.low_rank import LowRankSpec
 from quantkit.formats.spec import Spec
 from quantkit.models.structure import Block, Linear
+from quantkit.pipeline.binarize import sign_salient_spec
 from quantkit.recipe import Recipe
 
 TOLERANCE_BPW = 0.02  # what a budget may leave unused, where the sizes of the units allow
@@ -92,6 +93,8 @@ def planned_spec(linear: Linear, recipe: Recipe) -> Spec:
     Raises:
         RequestError: the group size does not divide it, or ``keep_ratio`` leaves no rank.
     """
+    if recipe.solver == "ptq161":
+        return sign_salient_spec(linear, recipe)
     group_size = check_group_size(linear.in_features, recipe.group_size, linear.name)
     if is_factorized(linear, recipe):
         return low_rank_spec(linear, recipe)

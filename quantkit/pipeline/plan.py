@@ -176,8 +176,8 @@ def _outside_memory(matrices: tuple[OutsideMatrix, ...]) -> int:
 
 
 def _n_streams(recipe: Recipe) -> int:
-    """Models that run side by side: a correction needs the float model's block, inputs and hidden states too."""
-    return 2 if recipe.correction else 1
+    """Models that run side by side: what aims at the float model needs its block, inputs and hidden states too."""
+    return 2 if recipe.follows_float_model else 1
 
 
 def _hessian_bytes(block: Block) -> int:

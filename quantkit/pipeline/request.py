@@ -101,6 +101,9 @@ class Listener:
     def linear_done(self, report: ModuleReport) -> None:
         """One linear has its codes."""
 
+    def scales_trained(self, step: int, n_steps: int, loss: float) -> None:
+        """Of the block in hand: gradient steps done, how many there are at most, and the loss on held-out samples."""
+
     def block_done(self, index: int, seconds: float) -> None:
         """The block's packed tensors are on disk."""
 

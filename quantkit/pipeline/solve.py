@@ -24,6 +24,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.grouped_int import GroupedInt, GroupedIntSpec
 from quantkit.formats.spec import QuantizedWeight
 from quantkit.models.structure import Linear
+from quantkit.pipeline.binarize import binarize
 from quantkit.pipeline.budget import is_factorized, low_rank_spec
 from quantkit.recipe import Recipe
 
@@ -75,6 +76,8 @@ def _solve(
     if hessian is None and recipe.needs_calibration:
         # An expert that no calibration token reached: all inputs count alike, which is plain rounding.
         hessian = torch.eye(linear.in_features, device=weight.device)
+    if recipe.solver == "ptq161":
+        return _solve_signs(weight, hessian, statistics, recipe)
     group_size = recipe.group_size or linear.in_features
     if is_factorized(linear, recipe):
         return _solve_low_rank(linear, weight, hessian, statistics, recipe)
@@ -90,6 +93,17 @@ def _solve(
         return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
     quantized, damping = _solve_grouped(weight, hessian, bits, recipe)
     return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
+
+
+def _solve_signs(
+    weight: Tensor, hessian: Tensor | None, statistics: InputStatistics | None, recipe: Recipe
+) -> Solved:
+    assert hessian is not None
+    cross = statistics.cross() if statistics else None
+    if cross is not None:
+        weight = corrected_target(weight, hessian, cross, recipe.correction, recipe.damping)
+    solution = binarize(weight, hessian, statistics, recipe)
+    return Solved(solution.weight, relative_error(weight, solution.weight.dequantize(), hessian), solution.damping)
 
 
 def _solve_grouped(

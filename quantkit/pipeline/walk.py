@@ -17,6 +17,7 @@ from quantkit.calib.pictures import CalibrationSet, for_forward
 from quantkit.calib.statistics import StatisticsRecorder, inputs_of
 from quantkit.formats.checkpoint import TRIPWIRE, has_tripwire
 from quantkit.formats.safetensors_io import read_header, read_tensor
+from quantkit.formats.sign_salient import SignSalient
 from quantkit.formats.storage import pack, spec_from_json, unpack
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear, kind_of
@@ -26,7 +27,8 @@ from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.modality import modality_errors, probes, token_weights
 from quantkit.pipeline.outside import OutsideMatrix, set_embedding
 from quantkit.pipeline.request import Listener, ModuleReport, QuantizeRequest
-from quantkit.pipeline.solve import SAMPLE_ROWS, Solved, solve_linear
+from quantkit.pipeline.solve import SAMPLE_ROWS, Solved, relative_error, solve_linear
+from quantkit.pipeline.tune import BlockTuning
 from quantkit.pipeline.vision import round_vision, solve_vision
 
 
@@ -53,7 +55,7 @@ class Walk:
         self.seed = request.seed
         self.offload = "cpu" if device.type == "cpu" and request.offload == "none" else request.offload
         self.hidden = HiddenStates(self.offload, journal.folder)
-        self.float_hidden: HiddenStates | None = None  # the float model's, where the recipe corrects towards it
+        self.float_hidden: HiddenStates | None = None  # the float model's, where the recipe aims at its outputs
         self.calls: BlockCalls | None = None
         self.widths: dict[str, int] = {}  # of each linear, where the recipe mixes them
         self.heads: dict[str, list[HeadFactors]] = {}  # solver=boa: what attention does with a linear's outputs
@@ -73,10 +75,10 @@ class Walk:
             allocator = Allocator(self.recipe, blocks, self.seed, self.listener)
             self.widths = allocator.widths(self.journal.folder, self._original_blocks())
         if self.calibration is not None and n_finished < len(blocks):
-            if self.recipe.correction:
+            if self.recipe.follows_float_model:
                 self._capture(self.calibration, original=True)
                 self._fork_float_stream()
-            if self.outside or self.recipe.vision_bits is not None or not self.recipe.correction:
+            if self.outside or self.recipe.vision_bits is not None or not self.recipe.follows_float_model:
                 self._capture(self.calibration)
         for index, block in enumerate(blocks):
             if index >= n_finished:
@@ -134,10 +136,19 @@ class Walk:
         before = self._probe(index, module)
         tensors: dict[str, Tensor] = {}
         entries: dict[str, dict[str, Any]] = {}
+        untrained: list[tuple[Linear, Solved, Tensor | None]] = []
         for stage in self._stages(index, block, module):
             recorder = self._record(index, module, stage, float_module)
             for linear in stage:
                 solved = self._solve(linear, module, recorder)
+                _set_weight(module, linear, solved.weight.dequantize())
+                if self.recipe.block_steps and float_module is not None:
+                    hessian = recorder.statistics(linear.path).hessian() if recorder else None
+                    untrained.append((linear, solved, hessian))
+                else:
+                    self._store(linear, solved, tensors, entries)
+        if untrained and float_module is not None:
+            for linear, solved in self._train(index, module, float_module, untrained):
                 self._store(linear, solved, tensors, entries)
                 _set_weight(module, linear, solved.weight.dequantize())
         errors = self._modality_errors(before, self._probe(index, module))
@@ -211,6 +222,34 @@ class Walk:
             stages.setdefault(leaders.get(kind, kind), []).append(linear)
         return list(stages.values())
 
+    def _train(
+        self,
+        index: int,
+        module: nn.Module,
+        float_module: nn.Module,
+        untrained: list[tuple[Linear, Solved, Tensor | None]],
+    ) -> Iterator[tuple[Linear, Solved]]:
+        """The linears of a block with scales trained on its outputs; errors are measured again, of the weight itself."""
+        assert self.float_hidden is not None
+
+        def call(sample: int, block: nn.Module, inputs: Tensor) -> Tensor:
+            return self._forward(index, block, sample, inputs.to(self.device))
+
+        tuning = BlockTuning(self.hidden, self.float_hidden, call, self.offload, self.journal.folder)
+        weights = {
+            linear.path: solved.weight for linear, solved, _ in untrained if isinstance(solved.weight, SignSalient)
+        }
+        tuned = tuning.run(module, float_module, weights, self.recipe, self.listener.scales_trained)
+        self.listener.note(
+            f"{self.skeleton.blocks[index].name}: scales trained for {tuned.steps} steps, "
+            f"held-out loss {tuned.before:.4f} -> {tuned.after:.4f}"
+        )
+        for linear, solved, hessian in untrained:
+            weight = tuned.weights[linear.path]
+            original = float_module.get_submodule(linear.path).get_parameter("weight").float()
+            error = relative_error(original, weight.dequantize(), hessian)
+            yield linear, solved._replace(weight=weight, relative_error=error)
+
     def _record(
         self, index: int, module: nn.Module, stage: list[Linear], float_module: nn.Module | None
     ) -> StatisticsRecorder | None:
@@ -218,7 +257,8 @@ class Walk:
             return None
         wants_rows = self.recipe.mixes_groups and self.recipe.criterion == "kl"
         rows = -(-SAMPLE_ROWS // len(self.hidden)) if wants_rows else 0
-        recorder = StatisticsRecorder({linear.path: module.get_submodule(linear.path) for linear in stage}, rows)
+        linears = {linear.path: module.get_submodule(linear.path) for linear in stage}
+        recorder = StatisticsRecorder(linears, rows, absmax=self.recipe.salience == "absmax")
         paths = [linear.path for linear in stage]
         watch = AttentionWatch(self.skeleton.blocks[index].name, module, paths, self.recipe, self.listener.note)
         with recorder.recording(), watch.recording():

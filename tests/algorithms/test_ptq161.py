@@ -60,7 +60,7 @@ def test_the_mask_has_exactly_k_columns_and_takes_the_largest(size: int, bits: f
     k = n_salient(size, bits)
     mask = salient_mask(statistic, k)
     assert int(mask.sum()) == k <= size - 1 or size == 1
-    if 0 < k:
+    if k > 0:
         assert statistic[mask].min() >= statistic[~mask].max()
         edge = statistic[mask].min()
         tied = (statistic == edge).nonzero().flatten()
@@ -70,7 +70,8 @@ def test_the_mask_has_exactly_k_columns_and_takes_the_largest(size: int, bits: f
 
 
 @pytest.mark.parametrize(
-    ("features", "bits", "expected"), [(4096, 1.6, 819), (512, 1.6, 102), (10, 1, 0), (10, 4, 9), (1, 4, 0), (7, 2.5, 4)]
+    ("features", "bits", "expected"),
+    [(4096, 1.6, 819), (512, 1.6, 102), (10, 1, 0), (10, 4, 9), (1, 4, 0), (7, 2.5, 4)],
 )
 def test_how_many_columns_a_width_pays_for(features: int, bits: float, expected: int) -> None:
     assert n_salient(features, bits) == expected
@@ -237,9 +238,7 @@ def test_rank_one_scales_recover_a_product() -> None:
 def test_rounds_only_help() -> None:
     weight, hessian = random_weight(16, 64, 9), random_hessian(64, 9)
     mask = salient_mask(salience("hessian", weight, hessian), 13)
-    losses = [
-        ptq161(weight, hessian, mask, GRIDS["hessian"], PTQ161Config(rounds=rounds)).loss for rounds in range(4)
-    ]
+    losses = [ptq161(weight, hessian, mask, GRIDS["hessian"], PTQ161Config(rounds=rounds)).loss for rounds in range(4)]
     assert losses == sorted(losses, reverse=True)
     assert losses[3] < losses[0]
 
