@@ -122,7 +122,7 @@ class Recipe:
     )
     salient_bits: int = field(default=4, metadata={"help": "ptq161: width of the salient channels' codes, 2 to 8"})
     salience: str = field(
-        default="hessian", metadata={"help": "ptq161: channels at 4 bits by hessian, rms or absmax (paper)"}
+        default="hessian", metadata={"help": "ptq161: salient channels by hessian, rms or absmax (paper)"}
     )
     compensate: bool = field(default=True, metadata={"help": "ptq161: signs with compensation; false: plain (paper)"})
     block_steps: int = field(
@@ -239,7 +239,7 @@ class Recipe:
         if self.group_size is not None:
             raise RequestError("solver=ptq161 has one scale of each kind per row; use --group-size 0")
         if self.symmetric:
-            raise RequestError("solver=ptq161 needs a free zero for its 4-bit channels; leave symmetric false")
+            raise RequestError("solver=ptq161 needs a free zero for its salient channels; leave symmetric false")
         if self.allocator != "uniform" or self.bpw is not None:
             raise RequestError("solver=ptq161 spends its bits on salient channels; give it --bits, and no allocator")
         if self.act_order != "none":

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quantkit.formats.checkpoint import open_folder
-from quantkit.formats.grouped_int import GroupedInt, unpack
+from quantkit.formats.storage import unpack
 from quantkit.pipeline import Listener, QuantizeRequest, QuantizeResult, quantize
 from quantkit.pipeline.request import ModuleReport
 from quantkit.recipe import resolve
@@ -47,8 +47,8 @@ def sha256_of(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def quantized_weights(folder: Path) -> dict[str, GroupedInt]:
-    """Runtime module name to codes and grid, as stored in a quantkit folder."""
+def quantized_weights(folder: Path) -> dict[str, Any]:
+    """Runtime module name to the quantized weight, as stored in a quantkit folder."""
     checkpoint = open_folder(folder)
     return {name: unpack(module.spec, checkpoint.read_module(name)) for name, module in checkpoint.modules.items()}
 

@@ -105,7 +105,9 @@ def optimize_scales(
         stored = {name: item.stored() for name, item in scales.items()}
         now = held_loss(stored)
         if not torch.isfinite(torch.tensor(now)):
-            raise NumericalError("training of the block's scales diverged; use a lower --set lr, or optimize=none")
+            raise NumericalError(
+                "training of the block's scales diverged; use a lower --set block_lr, or block_steps=0"
+            )
         if progress is not None:
             progress(step, config.steps, now)
         waited += 1

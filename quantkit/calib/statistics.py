@@ -118,7 +118,7 @@ class StatisticsRecorder:
             float_rows, _ = self._weighted(name, self._float_inputs[name].reshape(-1, rows.shape[1]).float())
             cross = float_rows.t() @ rows
             entry.cross_gram = cross if entry.cross_gram is None else entry.cross_gram.add_(cross)
-        if self._absmax:
+        if self._absmax and len(rows):
             largest = rows.abs().amax(0)
             entry.absmax = largest if entry.absmax is None else torch.maximum(entry.absmax, largest)
         if self._rows_per_call:

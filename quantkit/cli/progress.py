@@ -98,6 +98,10 @@ class BarProgress(RunProgress):
         name = re.sub(r"^.*?\.\d+\.", "", report.name)  # the block's number is on the other bar
         self.bars.update(self.tasks["linears"], advance=1, status=f"{name} error {report.relative_error:.4f}")
 
+    def scales_trained(self, step: int, n_steps: int, loss: float) -> None:
+        status = f"training scales, step {step}/{n_steps}, loss {loss:.4f}"
+        self.bars.update(self.tasks["linears"], status=status)
+
     def show_block(self, seconds: float) -> None:
         self.bars.update(self.tasks["blocks"], completed=self.n_finished, status=self.remaining())
 

@@ -17,19 +17,21 @@ from quantkit.recipe import Recipe
 def sign_salient_spec(linear: Linear, recipe: Recipe) -> SignSalientSpec:
     """What the linear will store, to the byte."""
     k = n_salient(linear.in_features, recipe.bits, recipe.salient_bits)
-    salient = GroupedIntSpec(
-        out_features=linear.out_features,
-        in_features=k,
-        group_size=k,
-        segments=((recipe.salient_bits, 1),),
-        symmetric=False,
-    )
+    salient = None
+    if k:
+        salient = GroupedIntSpec(
+            out_features=linear.out_features,
+            in_features=k,
+            group_size=k,
+            segments=((recipe.salient_bits, 1),),
+            symmetric=False,
+        )
     return SignSalientSpec(
         out_features=linear.out_features,
         in_features=linear.in_features,
         row_means=True,
         column_scales=True,
-        salient=salient if k else None,
+        salient=salient,
     )
 
 

@@ -229,7 +229,7 @@ class Walk:
         float_module: nn.Module,
         untrained: list[tuple[Linear, Solved, Tensor | None]],
     ) -> Iterator[tuple[Linear, Solved]]:
-        """The linears of a block with scales trained on its outputs; errors are measured again, of the weight itself."""
+        """The linears of a block with scales trained on its outputs; errors measured again, of the weight itself."""
         assert self.float_hidden is not None
 
         def call(sample: int, block: nn.Module, inputs: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class Walk:
         self, index: int, float_module: nn.Module | None, stage: list[Linear], sample: int
     ) -> dict[str, Tensor]:
         """What the linears of a stage receive in the float model; experts are left out: their tokens may differ."""
-        if float_module is None:
+        if float_module is None or not self.recipe.correction:
             return {}
         linears = {item.path: float_module.get_submodule(item.path) for item in stage if ".experts." not in item.path}
         with inputs_of(linears) as inputs:

@@ -39,7 +39,7 @@ def problem(seed: int, out: int = OUT, features: int = IN, k: int = K) -> tuple[
     generator = torch.Generator().manual_seed(seed)
     weight = random_weight(out, features, seed)
     hessian = damped(random_hessian(features, seed), 0.01)
-    parts = plain(weight, hessian, k, GRIDS["minmax"])
+    parts = plain(weight, hessian, k, 4, GRIDS["minmax"])
     signs = torch.where(torch.rand(parts.signs.shape, generator=generator) < 0.2, -parts.signs, parts.signs)
     r = (0.5 + torch.rand(features - k, generator=generator, dtype=torch.float64)).half().double()
     return weight, hessian, replace(parts, signs=signs, r=r)
@@ -57,7 +57,7 @@ def solve(weight: Tensor, hessian: Tensor, mask: Tensor, **settings: object) -> 
 @law
 def test_the_mask_has_exactly_k_columns_and_takes_the_largest(size: int, bits: float, seed: int) -> None:
     statistic = torch.randint(0, 5, (size,), generator=torch.Generator().manual_seed(seed)).float()  # many ties
-    k = n_salient(size, bits)
+    k = n_salient(size, bits, 4)
     mask = salient_mask(statistic, k)
     assert int(mask.sum()) == k <= size - 1 or size == 1
     if k > 0:
@@ -70,11 +70,11 @@ def test_the_mask_has_exactly_k_columns_and_takes_the_largest(size: int, bits: f
 
 
 @pytest.mark.parametrize(
-    ("features", "bits", "expected"),
-    [(4096, 1.6, 819), (512, 1.6, 102), (10, 1, 0), (10, 4, 9), (1, 4, 0), (7, 2.5, 4)],
+    ("features", "bits", "salient_bits", "expected"),
+    [(4096, 1.6, 4, 819), (512, 1.6, 4, 102), (512, 1.6, 2, 307), (10, 1, 4, 0), (10, 4, 4, 9), (1, 4, 4, 0)],
 )
-def test_how_many_columns_a_width_pays_for(features: int, bits: float, expected: int) -> None:
-    assert n_salient(features, bits) == expected
+def test_how_many_columns_a_width_pays_for(features: int, bits: float, salient_bits: int, expected: int) -> None:
+    assert n_salient(features, bits, salient_bits) == expected
 
 
 @pytest.mark.parametrize("kind", ["absmax", "rms", "hessian"])
@@ -99,7 +99,7 @@ def test_hessian_salience_is_what_the_objective_loses_without_the_channel() -> N
 
 def test_plain_signs_scales_and_means_are_the_papers() -> None:
     weight = random_weight(OUT, IN, 1).half().double()
-    parts = plain(weight, torch.eye(IN, dtype=torch.float64), K, GRIDS["minmax"])
+    parts = plain(weight, torch.eye(IN, dtype=torch.float64), K, 4, GRIDS["minmax"])
     binary, rest = weight[:, :-K], weight[:, -K:]
     assert torch.equal(parts.mu, binary.mean(1).half().double())
     assert torch.equal(parts.alpha, binary.abs().mean(1).half().double())
@@ -114,7 +114,7 @@ def test_plain_signs_scales_and_means_are_the_papers() -> None:
 def test_mean_magnitude_is_the_least_squares_scale_of_rows_without_mean() -> None:
     half = random_weight(OUT, 12, 2)
     weight = torch.cat([half, -half], 1)  # mu = 0
-    parts = plain(weight, torch.eye(24, dtype=torch.float64), 0, GRIDS["minmax"])
+    parts = plain(weight, torch.eye(24, dtype=torch.float64), 0, 4, GRIDS["minmax"])
     fitted = (weight * parts.signs).sum(1) / 24
     torch.testing.assert_close(parts.alpha, fitted, rtol=2**-11, atol=0)
 
@@ -257,15 +257,24 @@ def test_compensation_halves_the_loss_on_average() -> None:
     assert sum(ratios) / len(ratios) < 0.5
 
 
-@given(st.lists(st.sampled_from(sorted(ROW_KINDS)), min_size=1, max_size=4), st.integers(0, 2**31), st.booleans())
+@given(
+    st.lists(st.sampled_from(sorted(ROW_KINDS)), min_size=1, max_size=4),
+    st.integers(0, 2**31),
+    st.booleans(),
+    st.integers(2, 8),
+)
 @law
-def test_troublesome_rows_are_stored_exactly_as_solved(kinds: list[str], seed: int, compensate: bool) -> None:
+def test_troublesome_rows_are_stored_exactly_as_solved(
+    kinds: list[str], seed: int, compensate: bool, bits: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.stack([ROW_KINDS[kind](IN, generator) for kind in kinds]).float()
     kind = ("full", "deficient", "duplicated", "dead", "diagonal")[seed % 5]
     hessian = random_hessian(IN, seed, kind, torch.float32)
     mask = salient_mask(salience("hessian", weight, hessian), seed % (IN - 1))
-    solved = ptq161(weight, hessian, mask, GRIDS["hessian"], PTQ161Config(compensate=compensate)).weight
+    solved = ptq161(
+        weight, hessian, mask, GRIDS["hessian"], PTQ161Config(compensate=compensate, salient_bits=bits)
+    ).weight
     assert torch.isfinite(solved.dequantize()).all()
     assert torch.equal(unpack(solved.spec(), pack(solved)).dequantize(), solved.dequantize())
     stored = pack(solved)

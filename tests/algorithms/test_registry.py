@@ -17,12 +17,14 @@ from quantkit.algorithms.hessian import damped
 from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, SOLVERS
 from quantkit.calib.statistics import InputStatistics
 from quantkit.errors import NotPositiveDefiniteError, NumericalError, RequestError
+from quantkit.formats import storage
 from quantkit.formats.grouped_int import pack, unpack
 from quantkit.models.structure import Linear
 from quantkit.pipeline.solve import Solved, solve_linear
 from quantkit.recipe import Recipe, resolve
 
 PACKAGE = Path(quantkit.__file__).parent
+INTEGER = [name for name, method in METHODS.items() if method.formats == ("grouped_int",)]
 BITS, GROUP_SIZES = (1, 2, 3, 4, 8), (12, 0)
 IN, OUT = 48, 10
 
@@ -49,7 +51,7 @@ def solved(recipe: Recipe, weight: torch.Tensor | None = None) -> Solved:
 
 
 def table() -> Iterator[tuple[str, int, int, bool]]:
-    for method in METHODS:
+    for method in INTEGER:
         for bits in BITS:
             for group_size in GROUP_SIZES:
                 for symmetric in (False, True):
@@ -116,7 +118,7 @@ def test_refused_combinations(method: str, bits: int, group_size: int, symmetric
         linear_recipe(method, bits, group_size, symmetric)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", INTEGER)
 @pytest.mark.parametrize("grid", sorted(GRIDS))
 @pytest.mark.parametrize("act_order", ["none", "group", "full"])
 def test_every_method_takes_every_grid_and_order(method: str, grid: str, act_order: str) -> None:
@@ -128,7 +130,7 @@ def test_every_method_takes_every_grid_and_order(method: str, grid: str, act_ord
     assert 0 < solved(recipe).relative_error < 0.5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", INTEGER)
 @pytest.mark.parametrize("bits", [2, 3])
 def test_refinement_loses_no_more_in_any_row(method: str, bits: int) -> None:
     """By the objective that it descends on, the damped Hessian's, up to float32."""
@@ -144,21 +146,45 @@ def test_refinement_loses_no_more_in_any_row(method: str, bits: int) -> None:
     assert after.sum() < before.sum()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", INTEGER)
 def test_eight_bits_lose_little(method: str) -> None:
     """A range of about 6 standard deviations in 255 steps: s / sqrt(12) = 0.7 % of one; twice that for outliers."""
     bits = METHODS[method].bits[1]
     assert solved(linear_recipe(method, bits, 16, False)).relative_error < 0.014 * 2 ** (8 - bits)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", INTEGER)
 def test_more_bits_lose_less(method: str) -> None:
     low, high = METHODS[method].bits
     errors = [solved(linear_recipe(method, bits, 16, False)).relative_error for bits in range(low, high + 1)]
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.parametrize("method", METHODS)
+SIGNS = [name for name in METHODS if name not in INTEGER]  # what they store is not codes on one grid
+
+
+@pytest.mark.parametrize("method", SIGNS)
+def test_laws_of_methods_below_two_bits(method: str) -> None:
+    recipe = resolve(method)
+    _, weight, statistics = case()
+    solution = solved(recipe)
+    dense = solution.weight.dequantize()
+    assert dense.shape == weight.shape
+    assert torch.equal(solved(recipe).weight.dequantize(), dense)
+    spec, tensors = solution.weight.spec(), storage.pack(solution.weight)
+    assert torch.equal(storage.unpack(spec, tensors).dequantize(), dense)
+    assert spec.n_bytes == sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    outputs = torch.cat(statistics.sample).double()
+    lost = (outputs @ (weight - dense).double().t()).norm() / (outputs @ weight.double().t()).norm()
+    assert solution.relative_error == pytest.approx(float(lost), rel=0.25)
+
+
+def test_ptq161_loses_less_the_more_bits_it_may_spend() -> None:
+    errors = [solved(resolve("ptq161", bits=bits)).relative_error for bits in (1, 1.3, 1.6, 2)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("method", INTEGER)
 def test_linear_that_no_token_reached(method: str) -> None:
     """All inputs count alike: nothing to compensate, so the widths and grid decide alone."""
     linear, weight, _ = case()
@@ -170,7 +196,7 @@ def test_linear_that_no_token_reached(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_errors_name_the_linear(method: str) -> None:
     linear, weight, statistics = case()
-    recipe = linear_recipe(method, 3, 16, False)
+    recipe = linear_recipe(method, 3, 16, False) if method in INTEGER else resolve(method)
     weight[0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"^layers\.0\.proj: the weight holds NaN or Inf"):
         solve_linear(linear, weight, statistics, recipe)
