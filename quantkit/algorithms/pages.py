@@ -175,6 +175,44 @@ PAGES: dict[str, Page] = {
         limits="Those of `boa`.",
         settings=("row_damping", "joint_rows", "late_grids", "qk_metric", "block_v", *_GPTQ),
     ),
+    "ptq161": Page(
+        authors="Zhao et al.: PTQ1.61, extremely low-bit post-training quantization, ACL 2025",
+        what="""
+            Input channels are either salient, for all rows of a linear, and keep codes of a few bits, or every weight
+            of theirs becomes a sign, with a scale and a mean of its row and a scale of its column. `bits` is the
+            average of both: 1.6 is a fifth of the channels at 4 bits. The paper keeps the signs of the weights and
+            trains the scales of each block by gradients. Here signs are chosen with compensation, as GPTQ chooses
+            codes, salient channels come last and absorb what signs got wrong, and scales are exact least squares;
+            training can follow (`block_steps`).
+        """,
+        when="""
+            Between 1 and 2 bits, where grids of integers have nothing to offer. From 2 bits on, `refined` is better.
+        """,
+        cost="""
+            Several times `gptq`, as signs are tried under several scales. A step of `block_steps` is a forward and a
+            backward of one block on one sequence; the float model's hidden states are kept beside.
+        """,
+        limits="""
+            One scale of each kind per row: no groups, no symmetric grids, no allocators over it. The vectors count:
+            1.6 bits of codes are 1.71 stored in layers that are 512 wide, 1.62 in layers of 4096. Training scales on
+            a GPU can differ in the last digits from run to run, as its backward passes do.
+        """,
+        settings=(
+            "salient_bits",
+            "salience",
+            "compensate",
+            "refine",
+            "correction",
+            "sequential",
+            "damping",
+            "grid",
+            "block_steps",
+            "block_lr",
+            "block_scales",
+            "block_angular",
+            "transform",
+        ),
+    ),
     "layerwise": Page(
         authors="Dumitru et al.: Layer-wise quantization beyond integer-bit levels, 2024",
         what="""

@@ -257,11 +257,12 @@ def refit_rows(weight: Tensor, hessian: Tensor, parts: Parts) -> Parts:
     alpha, mu = _half(torch.linalg.solve(gram[:, :2, :2], target).to(weight.dtype)).unbind(1)
     candidate = replace(parts, alpha=alpha, mu=mu, scales=scales)
     better = objective(weight, hessian, candidate) < objective(weight, hessian, parts)
-    kept = {name: torch.where(better, getattr(candidate, name), getattr(parts, name)) for name in _ROW_SCALES}
-    return replace(parts, **kept)
-
-
-_ROW_SCALES = ("alpha", "mu", "scales")
+    return replace(
+        parts,
+        alpha=torch.where(better, alpha, parts.alpha),
+        mu=torch.where(better, mu, parts.mu),
+        scales=torch.where(better, scales, parts.scales),
+    )
 
 
 def refit_columns(weight: Tensor, hessian: Tensor, parts: Parts) -> Parts:

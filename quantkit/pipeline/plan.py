@@ -163,7 +163,10 @@ def _peak_memory(skeleton: Skeleton, request: QuantizeRequest, seq_len: int) -> 
     factors = 60 * most_inputs * most_inputs  # of a Hessian: float64 ones and float32 copies; 57 were measured
     activations = 16 * seq_len * max(max(linear.in_features, linear.out_features) for linear in linears)
     held = 4 * block + max(map(_hessian_bytes, skeleton.blocks))
-    walk = _n_streams(request.recipe) * held + max(activations, copies + factors)
+    if request.recipe.solver == "ptq161":
+        copies = 64 * widest + (1 << 29)  # normal equations of all rows, and rows that try several scales at once
+    training = _training_bytes(skeleton, seq_len) if request.recipe.block_steps else 0
+    walk = _n_streams(request.recipe) * held + max(activations, copies + factors, training)
     modules = map(skeleton.block_module, range(len(skeleton.blocks)))
     walk += max(attention_bytes(module, request.recipe, seq_len) for module in modules)
     return _BASE_BYTES + max(_surroundings_bytes(skeleton) + activations, walk)
@@ -173,6 +176,14 @@ def _outside_memory(matrices: tuple[OutsideMatrix, ...]) -> int:
     """A table as it is stored, its codes twice, and a piece of it in work."""
     tables = [matrix.replaced[0].n_bytes + 3 * matrix.spec.n_weights for matrix in matrices]
     return _BASE_BYTES + max(tables, default=0) + (24 << 24 if tables else 0)
+
+
+def _training_bytes(skeleton: Skeleton, seq_len: int) -> int:
+    """Of a block whose scales are trained: weights as they are assembled, gradients, and what a backward needs."""
+    return max(
+        4 * sum(5 * item.n_weights + 3 * seq_len * (item.in_features + item.out_features) for item in block.linears)
+        for block in skeleton.blocks
+    )
 
 
 def _n_streams(recipe: Recipe) -> int:
@@ -199,7 +210,8 @@ def _hidden_bytes(skeleton: Skeleton, request: QuantizeRequest, seq_len: int) ->
     if not request.recipe.needs_calibration:
         return 0
     hidden: int = skeleton.config.get_text_config(decoder=True).hidden_size
-    return 4 * request.n_samples * seq_len * hidden * _n_streams(request.recipe)
+    n_kept = 2 if request.recipe.block_steps else 0  # what a block should put out, for both streams
+    return 4 * request.n_samples * seq_len * hidden * (_n_streams(request.recipe) + n_kept)
 
 
 def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device: torch.device) -> float:
@@ -217,7 +229,9 @@ def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int
     candidates = 135 if request.recipe.grid_name == "hessian" else 40
     group = request.recipe.group_size or max(linear.in_features for linear in linears)
     search = sum(2.0 * candidates * linear.n_weights * group for linear in linears)
-    return (forward + gram + solve + search + rounding) / _multiplications_per_second(device)
+    # A step is a forward and a backward of one block; candidates of signs are tried in the loop, not in a search.
+    train = 6.0 * request.recipe.block_steps * seq_len * sum(linear.n_weights for linear in linears)
+    return (forward + gram + solve + search + rounding + train) / _multiplications_per_second(device)
 
 
 def _multiplications_per_second(device: torch.device) -> float:

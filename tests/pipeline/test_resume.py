@@ -238,6 +238,7 @@ def test_resume_with_another_offload_and_shard_size(
         (["allocator=error", "granularity=linear", "lo=2", "hi=4"], 2),
         (["allocator=sba", "grid=sqc"], 1),
         (["transform=hadamard", "correction=0.5"], 2),
+        (["solver=ptq161", "group_size=0", "block_steps=4"], 1),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else "",
 )
