@@ -163,7 +163,7 @@ def test_recipe_of_one_linear_is_uniform(recipe: Recipe) -> None:
         assert not one.mixes_widths
         for name in ("transform", "grid", "solver", "group_size", "symmetric", "damping", "act_order"):
             assert getattr(one, name) == getattr(recipe, name)
-    else:
+    elif recipe.solver != "ptq161":  # which has an average of signs and codes
         assert recipe.width == recipe.bits
 
 
