@@ -242,6 +242,8 @@ class Recipe:
             raise RequestError("solver=ptq161 needs a free zero for its salient channels; leave symmetric false")
         if self.allocator != "uniform" or self.bpw is not None:
             raise RequestError("solver=ptq161 spends its bits on salient channels; give it --bits, and no allocator")
+        if self.factorizes:
+            raise RequestError("solver=ptq161 stores signs, not low-rank factors; leave keep_ratio 1")
         if self.act_order != "none":
             raise RequestError("solver=ptq161 has an order of its own, salient channels last; leave act_order none")
         if not 0 <= self.block_steps <= 1_000_000:

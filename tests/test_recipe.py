@@ -313,6 +313,7 @@ def test_refused_settings(setting: str, message: str) -> None:
         ("ptq161", ["symmetric=true"], "solver=ptq161 needs a free zero for its salient channels; leave symmetric"),
         ("ptq161", ["allocator=lim"], "solver=ptq161 spends its bits on salient channels; give it --bits, and no"),
         ("ptq161", ["bits=null", "bpw=1.7"], "solver=ptq161 spends its bits on salient channels; give it --bits"),
+        ("ptq161", ["keep_ratio=0.5"], "solver=ptq161 stores signs, not low-rank factors; leave keep_ratio 1"),
         ("ptq161", ["act_order=group"], "solver=ptq161 has an order of its own, salient channels last; leave"),
         ("ptq161", ["block_steps=-1"], "block_steps is a number of steps, 0 or more, not -1"),
         ("ptq161", ["block_lr=0.0"], "block_lr is a learning rate above 0, at most 1, not 0"),

@@ -95,9 +95,7 @@ def _solve(
     return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
 
 
-def _solve_signs(
-    weight: Tensor, hessian: Tensor | None, statistics: InputStatistics | None, recipe: Recipe
-) -> Solved:
+def _solve_signs(weight: Tensor, hessian: Tensor | None, statistics: InputStatistics | None, recipe: Recipe) -> Solved:
     assert hessian is not None
     cross = statistics.cross() if statistics else None
     if cross is not None:

@@ -24,7 +24,7 @@ from quantkit.pipeline.solve import Solved, solve_linear
 from quantkit.recipe import Recipe, resolve
 
 PACKAGE = Path(quantkit.__file__).parent
-INTEGER = [name for name, method in METHODS.items() if method.formats == ("grouped_int",)]
+INTEGER = [name for name, method in METHODS.items() if "grouped_int" in method.formats]
 BITS, GROUP_SIZES = (1, 2, 3, 4, 8), (12, 0)
 IN, OUT = 48, 10
 
