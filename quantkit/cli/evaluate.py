@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli.options import ADVANCED, Debug, Device, Json, LoadDtype, Model
+from quantkit.cli.options import ADVANCED, Debug, Device, Json, Kv, LoadDtype, Model
 from quantkit.cli.screen import busy, duration, no_bars_in_logs, notes, print_json, quiet_libraries, results, table
 from quantkit.errors import FileError
 from quantkit.formats.files import read_json
@@ -72,6 +72,8 @@ BatchSize = Annotated[
     ),
 ]
 
+KvSteps = Annotated[int, typer.Option(metavar="N", help="Tokens of each window decoded with --kv, one by one.")]
+
 
 def evaluate(
     model: Model,
@@ -80,6 +82,8 @@ def evaluate(
     limit: Limit = None,
     reference: Reference = None,
     vqa: Vqa = None,
+    kv: Kv = None,
+    kv_steps: KvSteps = 128,
     device: Device = "auto",
     as_json: Json = False,
     tasks: Tasks = None,
@@ -108,6 +112,8 @@ def evaluate(
             vqa=vqa or (),
             template=template,
             max_new_tokens=max_new_tokens,
+            kv=kv,
+            kv_steps=kv_steps,
             tasks=names,
             tasks_path=tasks_path,
             device=device,
@@ -161,6 +167,8 @@ def _show(report: EvalReport) -> None:
         screen.print("", made, "")
         for answered in report.vqa.values():
             screen.print(answered.protocol, soft_wrap=True)
+    if report.kv:
+        _show_kv(report)
     if report.tasks:
         made = table("task", "metric", "value", numbers=("value",))
         for name, metrics in report.tasks.items():
@@ -168,3 +176,15 @@ def _show(report: EvalReport) -> None:
                 made.add_row(name, metric, f"{value:.4f}")
         screen.print("", made, "")
     screen.print(f"time: {duration(report.seconds)}")
+
+
+def _show_kv(report: EvalReport) -> None:
+    screen = results()
+    columns = ("decode ppl", "in 16 bits", "KL to 16 bits", "bytes per token", "bf16")
+    made = table(f"KV cache {report.kv_spec}", *columns, numbers=columns)
+    for name, each in report.kv.items():
+        sizes = (f"{each.bytes_per_token:.0f}", f"{each.bf16_bytes_per_token:.0f}")
+        made.add_row(name, f"{each.ppl:.4f}", f"{each.reference_ppl:.4f}", f"{each.kl_mean:.5f}", *sizes)
+    screen.print("", made, "")
+    for reason in {each.reason for each in report.kv.values() if each.reason}:
+        screen.print(f"{reason}: attention gets dequantized tensors", soft_wrap=True)

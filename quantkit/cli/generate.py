@@ -8,7 +8,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from quantkit.cli.options import Debug, Device, Json, LoadDtype, Model, Seed
+from quantkit.cli.options import Debug, Device, Json, Kv, LoadDtype, Model, Seed
 from quantkit.cli.screen import busy, duration, note, print_json, quiet_libraries
 from quantkit.errors import RequestError
 
@@ -24,6 +24,7 @@ def generate(
     prompt: Prompt,
     max_new_tokens: NewTokens = 64,
     temperature: Temperature = 0.0,
+    kv: Kv = None,
     device: Device = "auto",
     as_json: Json = False,
     dtype: LoadDtype = None,
@@ -32,20 +33,41 @@ def generate(
 ) -> None:
     """Continue a prompt. The text goes to stdout as it comes, the speed to stderr."""
     out = sys.stdout
+    if kv is not None:
+        _check_kv(kv)
     with quiet_libraries():
         loaded, tokenizer = _load(model, device, dtype)
         ids = _encode(prompt, tokenizer, loaded)
+        cache = None if kv is None else _kv_cache(loaded, kv)
         began = time.perf_counter()
-        new_ids = _continue(loaded, tokenizer, ids, max_new_tokens, temperature, seed, None if as_json else out)
+        new_ids = _continue(loaded, tokenizer, ids, max_new_tokens, temperature, seed, None if as_json else out, cache)
         seconds = time.perf_counter() - began
     speed = len(new_ids) / seconds
     if as_json:
         text = tokenizer.decode(new_ids, skip_special_tokens=True)
         counts = {"new_tokens": len(new_ids), "seconds": round(seconds, 3), "tokens_per_second": round(speed, 2)}
-        print_json({"model": model, "prompt": prompt, "text": text} | counts)
+        held = {} if cache is None else {"kv": {"spec": kv, "bytes": cache.nbytes}}
+        print_json({"model": model, "prompt": prompt, "text": text} | counts | held)
     else:
         print()
         note(f"{len(new_ids)} tokens in {duration(seconds)} ({speed:.1f} tokens per second)")
+        if cache is not None:
+            note(f"KV cache {kv}: {cache.nbytes} bytes for {ids.shape[1] + len(new_ids) - 1} tokens")
+
+
+def _check_kv(spec: str) -> None:
+    from quantkit.algorithms.kv.registry import parse_kv_spec
+
+    parse_kv_spec(spec)  # before the model is loaded
+
+
+def _kv_cache(model: Any, spec: str) -> Any:
+    from quantkit.runtime.kv_cache import kv_cache
+
+    cache = kv_cache(model, spec)
+    if cache.reason is not None:
+        note(f"{cache.reason}: attention gets dequantized tensors, so the cache saves memory but no time")
+    return cache
 
 
 def _load(model: str, device: str, dtype: str | None) -> tuple[Any, Any]:
@@ -74,9 +96,16 @@ def _encode(prompt: str, tokenizer: Any, model: Any) -> Any:
 
 
 def _continue(
-    model: Any, tokenizer: Any, ids: Any, max_new_tokens: int, temperature: float, seed: int, out: TextIO | None
+    model: Any,
+    tokenizer: Any,
+    ids: Any,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    out: TextIO | None,
+    cache: Any = None,
 ) -> list[int]:
-    """The ids that follow; their text goes to ``out`` as it comes."""
+    """The ids that follow; their text goes to ``out`` as it comes. ``cache``: None for the stock KV cache."""
     import torch
 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -93,6 +122,7 @@ def _continue(
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=_streamer(tokenizer, out) if out is not None else None,
+            past_key_values=cache,
             **sampling,
         )
     new_ids: list[int] = output[0, ids.shape[1] :].tolist()

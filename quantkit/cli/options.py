@@ -56,6 +56,13 @@ LoadDtype = Annotated[
         rich_help_panel=ADVANCED,
     ),
 ]
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="A quantized KV cache: akvq-vl, zipcache, kivi:bits=2,group=32, int4, ... (docs/kv_cache.md).",
+    ),
+]
 Debug = Annotated[
     bool,
     typer.Option(

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantkit.algorithms.kv.registry import parse_kv_spec
 from quantkit.calib.datasets import load_evaluation
 from quantkit.calib.sources import source_name
 from quantkit.errors import FileError, RequestError
+from quantkit.evaluation.kv import BATCH_SIZE as KV_BATCH_SIZE
+from quantkit.evaluation.kv import STEPS, KvResult, check_window, evaluate_kv
 from quantkit.evaluation.perplexity import TextResult, evaluate_windows
 from quantkit.evaluation.tasks import evaluate_tasks
 from quantkit.evaluation.vqa import BATCH_SIZE, MAX_NEW_TOKENS, VqaResult, evaluate_vqa, read_answered
@@ -31,6 +34,8 @@ class EvalReport:
     model: str
     perplexity: Mapping[str, TextResult]
     vqa: Mapping[str, VqaResult] = field(default_factory=dict)  # by folder, as given
+    kv: Mapping[str, KvResult] = field(default_factory=dict)  # by text
+    kv_spec: str | None = None
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seconds: float
 
@@ -39,7 +44,24 @@ class EvalReport:
         perplexity = {name: result.to_json() for name, result in self.perplexity.items()}
         vqa = {"vqa": {name: result.to_json() for name, result in self.vqa.items()}} if self.vqa else {}
         tasks = {"tasks": {name: dict(metrics) for name, metrics in self.tasks.items()}} if self.tasks else {}
-        return {"model": self.model, "perplexity": perplexity, **vqa, **tasks, "seconds": self.seconds}
+        kv = {"kv": self._kv_json()} if self.kv else {}
+        return {"model": self.model, "perplexity": perplexity, **vqa, **kv, **tasks, "seconds": self.seconds}
+
+    def _kv_json(self) -> dict[str, Any]:
+        results = self.kv.values()
+        scored = sum(result.scored for result in results)
+
+        def mean(name: str) -> float:
+            return sum(float(getattr(result, name)) * result.scored for result in results) / scored
+
+        return {
+            "spec": self.kv_spec,
+            "bytes_per_token": mean("bytes_per_token"),
+            "bf16_bytes_per_token": mean("bf16_bytes_per_token"),
+            "decode_ppl": {name: result.ppl for name, result in self.kv.items()},
+            "reference_ppl": {name: result.reference_ppl for name, result in self.kv.items()},
+            "kl_mean": mean("kl_mean"),
+        }
 
 
 def evaluate(
@@ -52,6 +74,8 @@ def evaluate(
     vqa: str | Path | Sequence[str | Path] = (),
     template: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    kv: str | None = None,
+    kv_steps: int = STEPS,
     tasks: Sequence[str] = (),
     tasks_path: str | Path | None = None,
     tokenizer: Any = None,
@@ -72,6 +96,8 @@ def evaluate(
         vqa: folders with ``metadata.jsonl`` and pictures.
         template: how a question about a picture is put; see `quantkit.calib.pictures.Prompt`.
         max_new_tokens: of an answer about a picture.
+        kv: also decode the texts with a quantized KV cache, such as ``akvq-vl`` (see `quantkit.kv_cache`).
+        kv_steps: tokens of each window that are decoded one by one.
         tasks: names of lm-eval tasks.
         tasks_path: a folder with lm-eval task files of your own.
         tokenizer: needed with a loaded model; otherwise the model folder's own.
@@ -103,6 +129,8 @@ def evaluate(
     if tokenizer is None and (sources or tasks):
         tokenizer = _tokenizer_of(model)
     window = _window(config, seq_len)
+    if kv is not None:
+        _check_kv(kv, window, kv_steps, sources)
     vocab_size = config.get_text_config().vocab_size
     # All texts before any weight: a text that cannot be read should not cost a model's loading time.
     texts = [load_evaluation(source, tokenizer, window, limit, vocab_size=vocab_size) for source in sources]
@@ -113,6 +141,18 @@ def evaluate(
             loaded, text, reference=other, batch_size=batch_size or 1, progress=_named(progress, text.name)
         )
         for text in texts
+    }
+    decoded = {
+        text.name: evaluate_kv(
+            loaded,
+            text,
+            kv,
+            steps=kv_steps,
+            batch_size=batch_size or KV_BATCH_SIZE,
+            progress=_named(progress, f"{text.name}, {kv}"),
+        )
+        for text in texts
+        if kv is not None
     }
     answers = {
         folder: evaluate_vqa(
@@ -130,8 +170,22 @@ def evaluate(
     }
     scores = evaluate_tasks(loaded, tokenizer, tasks, limit, tasks_path, batch_size=batch_size or 1) if tasks else {}
     return EvalReport(
-        model=_name_of(model), perplexity=results, vqa=answers, tasks=scores, seconds=time.perf_counter() - started
+        model=_name_of(model),
+        perplexity=results,
+        vqa=answers,
+        kv=decoded,
+        kv_spec=kv,
+        tasks=scores,
+        seconds=time.perf_counter() - started,
     )
+
+
+def _check_kv(spec: str, window: int, steps: int, sources: Sequence[str]) -> None:
+    """What can be known about a KV cache before a model is."""
+    if not sources:
+        raise RequestError("kv is measured on texts; name one (data)")
+    parse_kv_spec(spec)
+    check_window(window, steps)
 
 
 def _check_names(sources: Sequence[str]) -> None:

@@ -98,3 +98,29 @@ def test_bars_on_a_terminal_are_down_between_texts() -> None:
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
     assert re.search(r"first +\S+ 0/2 windows", shown)
     assert re.search(r"second +\S+ 2/2 windows", shown)
+
+
+def test_kv(inputs: Inputs) -> None:
+    flags = ("--data", inputs.text, "--seq-len", 128, "--limit", 2, "--kv", "int4:window=8", "--kv-steps", 10)
+    result = quantkit("eval", inputs.model, *flags, "--json")
+    assert result.exit_code == 0, result.stderr
+    kv = json.loads(result.stdout)["kv"]
+    assert kv["spec"] == "int4:window=8"
+    assert set(kv["decode_ppl"]) == {inputs.text.stem} == set(kv["reference_ppl"])
+    assert 0 < kv["kl_mean"] < 1
+    assert kv["bytes_per_token"] > 0 < kv["bf16_bytes_per_token"]
+    shown = quantkit("eval", inputs.model, *flags)
+    assert "KV cache int4:window=8" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--kv", "int3"), "unknown KV policy 'int3'; did you mean 'int"),
+        (("--kv", "kivi", "--kv-steps", "65"), "65 steps do not fit; use kv_steps of at most 64"),
+    ],
+)
+def test_kv_is_checked_before_the_model_is_loaded(inputs: Inputs, flags: tuple[str, ...], message: str) -> None:
+    result = quantkit("eval", inputs.model, "--data", inputs.text, "--seq-len", 128, *flags)
+    assert result.exit_code == 2
+    assert message in result.stderr

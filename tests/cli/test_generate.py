@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -59,3 +60,21 @@ def test_refusals(packed: Path, tmp_path: Path) -> None:
         done = quantkit("generate", *arguments, "--prompt", "a")
         assert done.exit_code == exit_code
         assert message in done.error
+
+
+def test_kv_cache(inputs: Inputs) -> None:
+    flags = ("generate", inputs.model, "--prompt", "the quick brown fox " * 6, "--max-new-tokens", 8)
+    result = quantkit(*flags, "--kv", "int8:window=8", "--json")
+    assert result.exit_code == 0, result.stderr
+    made = json.loads(result.stdout)
+    assert made["kv"]["spec"] == "int8:window=8"
+    assert made["kv"]["bytes"] > 0
+    assert made["new_tokens"] == 8
+    plain = quantkit(*flags, "--kv", "int8:window=8")
+    assert "KV cache int8:window=8: " in plain.stderr
+
+
+def test_an_unknown_kv_policy_is_refused(inputs: Inputs) -> None:
+    result = quantkit("generate", inputs.model, "--prompt", "a", "--kv", "kiwi")
+    assert result.exit_code == 2
+    assert "unknown KV policy 'kiwi'; did you mean 'kivi'" in result.stderr
