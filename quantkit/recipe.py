@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, SOLVERS, TRANSFORMS
+from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, REFINEMENTS, SOLVERS, TRANSFORMS
 from quantkit.errors import FileError, RequestError, did_you_mean
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -33,17 +33,39 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "salience": ("hessian", "rms", "absmax"),
     "block_scales": ("all", "paper"),
 }
-_OPTIONAL: dict[str, type] = {
+_OPTIONAL: dict[str, type] = {  # may be null
     "bits": float,
     "bpw": float,
     "group_size": int,
     "lo": int,
     "hi": int,
     "vision_bits": int,
-}  # may be null
+    "train_samples": int,
+}
 BASES = ("gptq", "rtn", "refined", "slim")  # methods without an allocator over blocks, for one linear after the other
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 _LINEAR_ALLOCATORS = ("zd", "error", "random")  # those that can tell the linears of a block apart
+_TRAINING_SETTINGS = (
+    "steps",
+    "batch",
+    "accumulate",
+    "lr",
+    "intermediate",
+    "train_samples",
+    "check_every",
+    "patience",
+)
+_LITTLEBIT_SETTINGS = ("paths", "sign_rounds", *_TRAINING_SETTINGS)
+_NOT_LITTLEBIT = (
+    "symmetric",
+    "allocator",
+    "grid",
+    "act_order",
+    "correction",
+    "sequential",
+    "group_size",
+    "keep_ratio",
+)
 _BOA_SETTINGS = (
     "row_damping",
     "block_v",
@@ -96,7 +118,12 @@ class Recipe:
     correction: float = field(
         default=0.0, metadata={"help": "aim at the float model's outputs: 0 not, 1 all the way, 0.5 recommended"}
     )
-    refine: int = field(default=0, metadata={"help": "rounds of least-squares scales and coordinate descent after it"})
+    refine: int | str = field(
+        default=0,
+        metadata={
+            "help": "rounds of least-squares scales and coordinate descent after it; littlebit: none, signs, qat"
+        },
+    )
     embedding_bits: int = field(default=0, metadata={"help": "of the input embedding: 0 (16 bits, as it is), 4 or 8"})
     head_bits: int = field(default=0, metadata={"help": "of the output head: 0, 4 or 8; tied ones need the same"})
     sequential: bool = field(default=False, metadata={"help": "quantize a block in stages, re-reading inputs"})
@@ -133,6 +160,18 @@ class Recipe:
         default="all", metadata={"help": "ptq161: trained are all scales, or those of the binary part (paper)"}
     )
     block_angular: bool = field(default=True, metadata={"help": "ptq161: angles count in the loss of block_steps"})
+    paths: int = field(default=2, metadata={"help": "littlebit: 2 with the residual's factors, 1 without"})
+    sign_rounds: int = field(default=4, metadata={"help": "littlebit: rounds of refine=signs; 0: Dual-SVID"})
+    steps: int = field(default=500, metadata={"help": "refine=qat: optimizer steps at most"})
+    batch: int = field(default=8, metadata={"help": "refine=qat: sequences at a time, on each GPU"})
+    accumulate: int = field(default=1, metadata={"help": "refine=qat: such batches per step"})
+    lr: float = field(default=1e-3, metadata={"help": "refine=qat: highest learning rate, of the signs' latents"})
+    intermediate: float = field(default=1.0, metadata={"help": "refine=qat: weight of the blocks' outputs in the loss"})
+    train_samples: int | None = field(
+        default=None, metadata={"help": "refine=qat: training sequences of the calibration text; none: --n-samples"}
+    )
+    check_every: int = field(default=50, metadata={"help": "refine=qat: steps between held-out losses and checkpoints"})
+    patience: int = field(default=5, metadata={"help": "refine=qat: checks without improvement that end it; 0: never"})
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():
@@ -140,12 +179,13 @@ class Recipe:
             if value not in known:
                 raise RequestError(f"unknown {name} {value!r}; {did_you_mean(str(value), known)}")
         low, high = METHODS[self.method].bits if self.method in METHODS else (1, 8)
-        if not 1 <= self.bits <= 8:
-            raise RequestError(f"bits must be 1 to 8, not {self.bits:g}")
+        if not self.stores_signs and not 1 <= self.bits <= 8:
+            below = "; --method littlebit goes below 1" if 0 < self.bits < 1 else ""
+            raise RequestError(f"bits must be 1 to 8, not {self.bits:g}{below}")
         if self.bits == int(self.bits):
             object.__setattr__(self, "bits", int(self.bits))  # 2.0 is 2, in JSON and in names too
         if not low <= self.bits <= high:
-            raise RequestError(f"{self.method} works at {low} to {high} bits, not {self.bits}")
+            raise RequestError(f"{self.method} works at {low:g} to {high:g} bits, not {self.bits:g}")
         if self.group_size is not None and self.group_size < 1:
             raise RequestError(f"group_size must be positive, or 0 for one group per row, not {self.group_size}")
         for name in ("damping", "row_damping"):
@@ -154,12 +194,58 @@ class Recipe:
         for name in ("embedding_bits", "head_bits"):
             if getattr(self, name) not in (0, 4, 8):
                 raise RequestError(f"{name} is 0 (16 bits, as it is), 4 or 8, not {getattr(self, name)}")
+        self._check_littlebit()
         self._check_combination()
         self._check_modalities()
         self._check_factors()
         self._check_boa()
         self._check_ptq161()
         self._check_widths()
+
+    def _check_littlebit(self) -> None:
+        if not self.stores_signs:
+            if isinstance(self.refine, str):
+                raise RequestError(
+                    f"refine is a number of rounds, not {self.refine!r}; names go with --method littlebit"
+                )
+            self._refuse_changed(_LITTLEBIT_SETTINGS, "is a setting of solver=littlebit; use --method littlebit")
+            return
+        if not isinstance(self.refine, str) or self.refine not in REFINEMENTS:
+            known = ", ".join(REFINEMENTS)
+            raise RequestError(f"refine is one of {known} with solver=littlebit, not {self.refine!r}")
+        for name in _NOT_LITTLEBIT:
+            if getattr(self, name) != (None if name == "group_size" else Recipe.__dataclass_fields__[name].default):
+                raise RequestError(f"{name} is about codes on a grid; solver=littlebit stores sign factors")
+        if self.bpw is not None and not 0.05 <= self.bpw <= 2:
+            raise RequestError(f"littlebit works at 0.05 to 2 bits, not {self.bpw:g}")
+        if self.paths not in (1, 2):
+            raise RequestError(f"paths is 1, or 2 with the residual, not {self.paths}")
+        if not 0 <= self.sign_rounds <= 100:
+            raise RequestError(f"sign_rounds is a number of rounds, 0 to 100, not {self.sign_rounds}")
+        self._check_training()
+
+    def _check_training(self) -> None:
+        if not self.trains:
+            self._refuse_changed(_TRAINING_SETTINGS, "is a setting of training; add --set refine=qat")
+            return
+        if self.transform != "none":
+            raise RequestError(
+                f"transform={self.transform} does not go with refine=qat, which trains the model as it is"
+            )
+        for name in ("steps", "batch", "accumulate", "check_every"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.train_samples is not None and self.train_samples < 2:
+            raise RequestError(f"train_samples must be at least 2 (one is held out), not {self.train_samples}")
+        if not 0 < self.lr <= 1:
+            raise RequestError(f"lr is a learning rate above 0, at most 1, not {self.lr:g}")
+        if self.intermediate < 0 or self.patience < 0:
+            raise RequestError("intermediate and patience cannot be negative")
+
+    def _refuse_changed(self, names: Sequence[str], why: str) -> None:
+        for item in fields(self):
+            if item.name in names and getattr(self, item.name) != item.default:
+                raise RequestError(f"{item.name} {why}")
 
     def _check_combination(self) -> None:
         if self.allocator == "sba" and not 2 <= self.bits <= 7:
@@ -176,7 +262,7 @@ class Recipe:
             raise RequestError(f"correction is a share of the way, 0 to 1, not {self.correction:g}")
         if self.correction and self.solver == "rtn":
             raise RequestError("correction changes what a compensating solver aims at; solver=rtn compensates nothing")
-        if not 0 <= self.refine <= 100:
+        if isinstance(self.refine, int) and not 0 <= self.refine <= 100:
             raise RequestError(f"refine is a number of rounds, 0 to 100, not {self.refine}")
 
     def _check_modalities(self) -> None:
@@ -219,9 +305,7 @@ class Recipe:
     def _check_boa(self) -> None:
         if self.solver == "boa":
             return
-        for item in fields(self):
-            if item.name in _BOA_SETTINGS and getattr(self, item.name) != item.default:
-                raise RequestError(f"{item.name} is a setting of solver=boa; use --method boa")
+        self._refuse_changed(_BOA_SETTINGS, "is a setting of solver=boa; use --method boa")
 
     def _check_ptq161(self) -> None:
         if self.solver != "ptq161":
@@ -252,7 +336,7 @@ class Recipe:
             raise RequestError(f"block_lr is a learning rate above 0, at most 1, not {self.block_lr:g}")
 
     def _check_widths(self) -> None:
-        if self.solver == "ptq161":
+        if self.solver == "ptq161" or self.stores_signs:
             return
         if not self.mixes_widths:
             budget = f"--bpw {self.bpw:g}" if self.bpw is not None else f"--bits {self.bits}"
@@ -280,6 +364,21 @@ class Recipe:
             raise RequestError(
                 f"reverse turns a ranking around; allocator={self.allocator} weighs losses against bytes instead"
             )
+
+    @property
+    def stores_signs(self) -> bool:
+        """Weights become sign factors; `bits` are then all that is stored, as `bpw` is."""
+        return self.solver == "littlebit"
+
+    @property
+    def trains(self) -> bool:
+        """A training stage follows the walk over the blocks."""
+        return self.refine == "qat"
+
+    @property
+    def refine_rounds(self) -> int:
+        """Of grids and codes; 0 where refine names something else."""
+        return self.refine if isinstance(self.refine, int) else 0
 
     @property
     def mixes_widths(self) -> bool:
@@ -333,7 +432,11 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         scores = self.allocator not in ("uniform", "zd", "random")  # these need no activations
-        return self.solver != "rtn" or self.refine > 0 or scores or self.grid_name == "hessian" or self.factorizes
+        if self.stores_signs:
+            return self.refine != "none"
+        return (
+            self.solver != "rtn" or self.refine_rounds > 0 or scores or self.grid_name == "hessian" or self.factorizes
+        )
 
     @property
     def follows_float_model(self) -> bool:
@@ -411,6 +514,8 @@ def _convert(key: str, value: Any, default: Any) -> Any:
     """Accept what YAML makes of a value; refuse another type."""
     if value is None and key in _OPTIONAL:
         return default if key == "bits" else None
+    if key == "refine" and isinstance(value, str):
+        return value
     wanted = _OPTIONAL.get(key, type(default))
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

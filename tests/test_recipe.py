@@ -163,7 +163,7 @@ def test_recipe_of_one_linear_is_uniform(recipe: Recipe) -> None:
         assert not one.mixes_widths
         for name in ("transform", "grid", "solver", "group_size", "symmetric", "damping", "act_order"):
             assert getattr(one, name) == getattr(recipe, name)
-    elif recipe.solver != "ptq161":  # which has an average of signs and codes
+    elif recipe.solver not in ("ptq161", "littlebit"):  # which spend averages
         assert recipe.width == recipe.bits
 
 
@@ -225,8 +225,8 @@ def test_needs_calibration(settings: dict[str, Any], expected: bool) -> None:
         ("method=gtpq", f"unknown method 'gtpq'; did you mean 'gptq'? known: {METHOD_NAMES}"),
         ("method=7", f"unknown method 7; known: {METHOD_NAMES}"),
         ("method=null", f"unknown method None; known: {METHOD_NAMES}"),
-        ("gridd=mse", "unknown setting 'gridd'; did you mean 'grid'? known: act_order, allocator, base, bits"),
-        ("=3", "unknown setting ''; known: act_order, allocator"),
+        ("gridd=mse", "unknown setting 'gridd'; did you mean 'grid'? known: accumulate, act_order, allocator, b"),
+        ("=3", "unknown setting ''; known: accumulate, act_order, allocator"),
         ("grid=hesian", "unknown grid 'hesian'; did you mean 'hessian'? known: auto, hessian, minmax, mse, sqc"),
         ("transform=hadamar", "unknown transform 'hadamar'; did you mean 'hadamard'? known: hadamard, none"),
         ("solver=gtpq", "unknown solver 'gtpq'; did you mean 'gptq'? known:"),

@@ -60,6 +60,7 @@ FIGURES: tuple[Figure, ...] = (
 
 _GPTQ = ("grid", "damping", "act_order", "sequential", "correction", "refine", "transform", "rotate_values")
 _BUDGET = ("bpw", "lo", "hi", "granularity", "tie", "reverse", "solver", "grid", "transform", "rotate_values")
+_TRAINING = ("steps", "batch", "accumulate", "lr", "intermediate", "train_samples", "check_every", "patience")
 
 PAGES: dict[str, Page] = {
     "rtn": Page(
@@ -212,6 +213,32 @@ PAGES: dict[str, Page] = {
             "block_angular",
             "transform",
         ),
+    ),
+    "littlebit": Page(
+        authors="Lee, Kim, You, Kim: LittleBit, ultra low-bit quantization via latent factorization, NeurIPS 2025",
+        what="""
+            A weight becomes the product of two matrices of signs with a scale per row, per latent rank and per column;
+            a second such product (the residual path) approximates what is left. The rank of every linear is solved
+            from the bits, which count everything that is stored. `refine=none` is the paper's start alone.
+            `refine=signs` (ours, the default) re-fits signs and scales in turn to the layer's inputs, without
+            gradients. `refine=qat` goes on from there with the paper's way: the factors of the whole model are trained
+            by distillation from the float model, on calibration text.
+        """,
+        when="""
+            Below 1.5 bits, and alone below 1. `--bits 0.55 --set refine=qat`, on a GPU and with as much text as there
+            is (`train_samples`). Without training it keeps little of the model.
+        """,
+        cost="""
+            `refine=signs`: one pass over the data, seconds per linear. `refine=qat`: training of the whole model, on
+            several GPUs with `accelerate launch -m quantkit quantize ...`; beside the float model 16 bytes for each
+            sign. It keeps a checkpoint and goes on from it when the same command is repeated.
+        """,
+        limits="""
+            Small layers cannot reach few bits: their scales take 16 (1 / rows + 1 / columns) bits per weight alone. A
+            target that is out of reach is refused with the least that is possible. Embeddings and head stay as they
+            are and dominate the file.
+        """,
+        settings=("refine", *_TRAINING, "paths", "sign_rounds", "damping", "transform"),
     ),
     "layerwise": Page(
         authors="Dumitru et al.: Layer-wise quantization beyond integer-bit levels, 2024",

@@ -19,7 +19,7 @@ class Method:
     summary: str
     defaults: Mapping[str, Any] = field(default_factory=dict)  # recipe fields that differ from the general defaults
     formats: tuple[str, ...] = ("grouped_int",)
-    bits: tuple[int, int] = (1, 8)
+    bits: tuple[float, float] = (1, 8)
 
 
 METHODS: dict[str, Method] = {
@@ -91,6 +91,14 @@ METHODS: dict[str, Method] = {
         defaults={"allocator": "casp", "keep_ratio": 0.25, "lo": 2, "hi": 4, "bits": 2.2},
         formats=("grouped_int", "low_rank"),
     ),
+    "littlebit": Method(
+        title="LittleBit",
+        paper="arXiv:2506.13771",
+        summary="Two sign matrices and three scale vectors instead of a weight; fitted, or trained by distillation.",
+        defaults={"solver": "littlebit", "bits": 0.55, "group_size": None, "refine": "signs"},
+        formats=("sign_factors",),
+        bits=(0.05, 2),
+    ),
 }
 
 TRANSFORMS: dict[str, str] = {
@@ -122,4 +130,11 @@ SOLVERS: dict[str, str] = {
     "gptq": "column by column with compensation through the inverse Hessian",
     "ptq161": "signs with compensation, then 4-bit codes of the salient input channels (PTQ1.61)",
     "boa": "gptq, and for query, key and value also row by row, by what attention does with them",
+    "littlebit": "no codes on a grid: sign factors, whose rank is solved from the bits (LittleBit)",
+}
+
+REFINEMENTS: dict[str, str] = {  # of solver=littlebit; elsewhere refine is a number of rounds
+    "none": "Dual-SVID alone (the paper's start, unusable without training)",
+    "signs": "signs and scales re-fitted in turn to the calibration inputs, no gradients (ours)",
+    "qat": "signs, then training by distillation from the float model (the paper's way)",
 }

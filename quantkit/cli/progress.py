@@ -25,6 +25,7 @@ class RunProgress(Listener):
     def __init__(self, console: Console, title: str) -> None:
         self.console, self.title = console, title
         self.n_blocks = self.n_finished = 0
+        self.n_steps = self.n_kept = 0  # of a training stage
         self._seconds: list[float] = []  # of the blocks of this run
         self._reports: list[ModuleReport] = []  # of the block in hand
 
@@ -57,6 +58,17 @@ class RunProgress(Listener):
             f"block {self.n_finished}/{self.n_blocks}: {len(self._reports)} linears in {duration(seconds)}, "
             f"worst relative error {worst.relative_error:.4f} ({worst.name}), {self.remaining()}"
         )
+
+    def training_started(self, n_steps: int) -> None:
+        self.n_steps = n_steps
+        self.note(f"all {self.n_blocks} blocks are packed; training for {n_steps} steps at most")
+
+    def trained(self, step: int, n_steps: int, loss: float, held_out_loss: float) -> None:
+        self.n_kept = step
+        self.show_loss(step, n_steps, loss, held_out_loss)
+
+    def show_loss(self, step: int, n_steps: int, loss: float, held_out_loss: float) -> None:
+        self.note(f"step {step}/{n_steps}: loss {loss:.4f}, held out {held_out_loss:.4f}")
 
     def note(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
@@ -101,6 +113,16 @@ class BarProgress(RunProgress):
     def scales_trained(self, step: int, n_steps: int, loss: float) -> None:
         status = f"training scales, step {step}/{n_steps}, loss {loss:.4f}"
         self.bars.update(self.tasks["linears"], status=status)
+
+    def training_started(self, n_steps: int) -> None:
+        super().training_started(n_steps)
+        for name in ("blocks", "linears"):
+            self.bars.remove_task(self.tasks.pop(name))
+        self.tasks["steps"] = self.bars.add_task("steps", total=n_steps, status="training")
+
+    def show_loss(self, step: int, n_steps: int, loss: float, held_out_loss: float) -> None:
+        status = f"loss {loss:.4f}, held out {held_out_loss:.4f}"
+        self.bars.update(self.tasks["steps"], completed=step, status=status)
 
     def show_block(self, seconds: float) -> None:
         self.bars.update(self.tasks["blocks"], completed=self.n_finished, status=self.remaining())

@@ -175,8 +175,11 @@ def quantize(
 
 def _run(request: QuantizeRequest, as_json: bool) -> None:
     from quantkit.cli.progress import run_progress
-    from quantkit.pipeline import run
+    from quantkit.pipeline import run, take_part, team
 
+    if team.rank():  # of several processes the first one speaks
+        take_part(request)
+        return
     recipe = request.recipe
     progress = run_progress(notes(), f"{recipe.method}, {recipe.budget_name}: {request.model} -> {request.output}")
     try:
@@ -194,6 +197,9 @@ def _run(request: QuantizeRequest, as_json: bool) -> None:
 
 def _how_to_resume(progress: RunProgress) -> str:
     done, n_blocks = progress.n_finished, progress.n_blocks
+    if progress.n_steps:
+        kept = f"the training of step {progress.n_kept} of {progress.n_steps} is kept"
+        return f"interrupted: {kept}; run the same command again to resume"
     how = f"{done} of {n_blocks} blocks are finished" if done else "before the first block was finished"
     return f"interrupted: {how}; run the same command again to resume"
 

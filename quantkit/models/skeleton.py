@@ -131,6 +131,12 @@ class Skeleton:
                 continue
             self._fill_own(module, name, device, dtype)
 
+    def load_model(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Fill all of it; `release_surroundings` is the way back."""
+        for name, module in self.model.named_modules():
+            self._fill_own(module, name, device, dtype)
+        self.model.tie_weights()
+
     def release_surroundings(self) -> None:
         """Back to the meta device, the blocks included."""
         self.model.to("meta")

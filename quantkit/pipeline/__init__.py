@@ -12,7 +12,7 @@ output.py    the final folder
 entry.py     all of it in order: what is called from outside
 """
 
-from quantkit.pipeline.entry import default_output, dry_run, quantize, run
+from quantkit.pipeline.entry import default_output, dry_run, quantize, run, take_part
 from quantkit.pipeline.plan import Plan, make_plan
 from quantkit.pipeline.request import Listener, QuantizeRequest, QuantizeResult
 
@@ -26,4 +26,5 @@ __all__ = [
     "make_plan",
     "quantize",
     "run",
+    "take_part",
 ]

@@ -49,6 +49,9 @@ def binarize(weight: Tensor, hessian: Tensor, statistics: InputStatistics | None
         salience(recipe.salience, weight, hessian, absmax), n_salient(weight.shape[1], recipe.bits, recipe.salient_bits)
     )
     config = PTQ161Config(
-        damping=recipe.damping, compensate=recipe.compensate, rounds=recipe.refine, salient_bits=recipe.salient_bits
+        damping=recipe.damping,
+        compensate=recipe.compensate,
+        rounds=recipe.refine_rounds,
+        salient_bits=recipe.salient_bits,
     )
     return ptq161(weight, hessian, mask, GRIDS[recipe.grid_name], config)

@@ -19,6 +19,7 @@ import torch
 from quantkit.calib.datasets import Calibration
 from quantkit.calib.pictures import PictureCalibration, holds_pictures
 from quantkit.calib.sources import source_name
+from quantkit.errors import RequestError
 from quantkit.formats.storage import spec_from_json
 from quantkit.models.modality import sees_images
 from quantkit.models.skeleton import Skeleton
@@ -34,6 +35,8 @@ from quantkit.pipeline.prepare import (
     sequence_length,
 )
 from quantkit.pipeline.request import Listener, QuantizeRequest, QuantizeResult
+from quantkit.pipeline.team import size as team_size
+from quantkit.pipeline.train import follow, train, training_set
 from quantkit.pipeline.walk import Walk, module_report
 from quantkit.recipe import Recipe, resolve
 
@@ -87,9 +90,17 @@ def dry_run(request: QuantizeRequest) -> Plan:
     return plan
 
 
+def take_part(request: QuantizeRequest) -> None:
+    """What every process of a launch but the first one does, while that one carries out the request with `run`."""
+    skeleton, device = open_model(request)
+    follow(request, skeleton, device)
+
+
 def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeResult:
     """Carry out a request; see `quantize`."""
     began = time.perf_counter()
+    if team_size() > 1 and not request.recipe.trains:
+        raise RequestError("several processes share the work of --set refine=qat only; start this command without them")
     refuse_existing(request.output, request.overwrite)
     skeleton, device = open_model(request)
     plan, pictures = _planned(request, skeleton, device)
@@ -99,13 +110,16 @@ def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeR
     if isinstance(calibration, Calibration) and sees_images(skeleton.config):
         listener.note("calibrating on text alone: what pictures need is not measured; see docs/vision.md")
     dtype = compute_dtype(request, skeleton, device)
-    settings = deciding_settings(request, skeleton, calibration, device, dtype)
+    text = training_set(request, skeleton) if request.recipe.trains else None
+    settings = deciding_settings(request, skeleton, calibration, text, device, dtype)
     with Journal(request.output, settings, overwrite=request.overwrite) as journal, _terminable(), torch.no_grad():
         resumed = len(journal.finished)
         outside = outside_matrices(skeleton, request.recipe)
         entries = quantize_outside(outside, skeleton, journal.folder)
         walk = Walk(request, skeleton, calibration, journal, listener, device, dtype, outside)
         walk.run()
+        if text is not None:
+            train(request, skeleton, text, journal, listener, device)
         written = assemble(skeleton, journal, request, calibration, outside, entries)
     modules = [item for block in journal.finished for item in block.modules.items()]
     specs = [spec_from_json(entry["spec"]) for _, entry in modules]

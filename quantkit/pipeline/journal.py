@@ -72,7 +72,7 @@ class Journal:
         described = self.folder / "run.json"
         if described.exists():
             _refuse_difference(read_json(described), settings, self.output)
-            self.finished = self._read()
+            self.finished = finished_blocks(self.folder)
         else:
             _remove_contents(self.folder)
             write_json(described, settings)
@@ -110,28 +110,36 @@ class Journal:
             ) from error
         self.finished.append(block)
 
+    def replace_block(self, index: int, tensors: dict[str, Tensor], modules: dict[str, dict[str, Any]]) -> None:
+        """Put other tensors in a finished block's place, for the final folder; a run that is resumed does it again."""
+        path = self.folder / f"trained-{index:05d}.safetensors"
+        write_tensors(path, tensors)
+        before = self.finished[index]
+        self.finished[index] = FinishedBlock(index, path.name, _sha256(path), before.seconds, modules, before.errors)
+
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _read(self) -> list[FinishedBlock]:
-        """The finished blocks, up to the first line or file that is not whole."""
-        path = self.folder / "journal.jsonl"
-        finished: list[FinishedBlock] = []
-        good_bytes = 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            try:
-                block = FinishedBlock(**json.loads(line))
-            except (ValueError, TypeError):
-                break
-            file = self.folder / block.file
-            whole = line.endswith(b"\n") and block.index == len(finished) and file.exists()
-            if not whole or _sha256(file) != block.sha256:
-                break
-            finished.append(block)
-            good_bytes += len(line)
-        if path.exists():
-            os.truncate(path, good_bytes)
-        return finished
+
+def finished_blocks(folder: Path) -> list[FinishedBlock]:
+    """Of a work folder: the finished blocks, up to the first line or file that is not whole; the rest is cut off."""
+    path = folder / "journal.jsonl"
+    finished: list[FinishedBlock] = []
+    good_bytes = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            block = FinishedBlock(**json.loads(line))
+        except (ValueError, TypeError):
+            break
+        file = folder / block.file
+        whole = line.endswith(b"\n") and block.index == len(finished) and file.exists()
+        if not whole or _sha256(file) != block.sha256:
+            break
+        finished.append(block)
+        good_bytes += len(line)
+    if path.exists() and path.stat().st_size != good_bytes:
+        os.truncate(path, good_bytes)
+    return finished
 
 
 def work_folder(output: Path) -> Path:

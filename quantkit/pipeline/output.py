@@ -23,6 +23,7 @@ from quantkit.pipeline.journal import Journal, refuse_existing
 from quantkit.pipeline.outside import FILE as OUTSIDE
 from quantkit.pipeline.outside import OutsideMatrix
 from quantkit.pipeline.request import QuantizeRequest
+from quantkit.pipeline.train import FILE as TRAINING
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _REPLACED = ("config.json", "model.safetensors.index.json", "recipe.json", "report.json", "checksums.json")
@@ -55,7 +56,7 @@ def assemble(
         _copy_companions(skeleton.folder, folder, request.trust_remote_code)
         write_json(folder / "recipe.json", request.recipe.to_json())
         report = _report(modules, quantization["bpw"], written)
-        write_json(folder / "report.json", report | _block_errors(skeleton, journal) | _allocation(journal))
+        write_json(folder / "report.json", report | _block_errors(skeleton, journal) | _decisions(journal))
         card = _model_card(skeleton.folder, request, quantization["bpw"], written)
         (folder / "README.md").write_text(card, encoding="utf-8")
         config = read_json(skeleton.folder / "config.json")
@@ -146,12 +147,13 @@ def _block_errors(skeleton: Skeleton, journal: Journal) -> dict[str, Any]:
     return {"blocks": rows} if rows else {}
 
 
-def _allocation(journal: Journal) -> dict[str, Any]:
-    """What an allocator saw and decided; nothing where all widths are equal."""
-    path = journal.folder / ALLOCATION
-    if not path.exists():
-        return {}
-    return {"allocation": {key: value for key, value in read_json(path).items() if key != "widths"}}
+def _decisions(journal: Journal) -> dict[str, Any]:
+    """What an allocator saw and decided, and how a training went; nothing where there was neither."""
+    allocation, training = journal.folder / ALLOCATION, journal.folder / TRAINING
+    found = read_json(training) if training.exists() else {}
+    if allocation.exists():
+        found["allocation"] = {key: value for key, value in read_json(allocation).items() if key != "widths"}
+    return found
 
 
 def _copy_companions(source: Path, target: Path, trust_remote_code: bool) -> None:

@@ -23,6 +23,7 @@ from quantkit.models.structure import Block, Linear
 from quantkit.pipeline.allocate import needs_activations
 from quantkit.pipeline.attend import attention_bytes
 from quantkit.pipeline.budget import budget_of, check_factorized, planned_spec
+from quantkit.pipeline.factorize import ranks_of, sign_factors_spec
 from quantkit.pipeline.journal import work_folder
 from quantkit.pipeline.outside import OutsideMatrix, outside_matrices
 from quantkit.pipeline.request import QuantizeRequest
@@ -98,7 +99,7 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
     vision = rounded_linears(skeleton, recipe)
     vision_modules = [(linear.name, planned_spec(linear, vision_recipe(linear, recipe))) for linear in vision]
     concrete = recipe.at(budget.hi) if budget else recipe
-    modules = tuple((linear.name, planned_spec(linear, concrete)) for linear in linears)
+    modules = _planned_modules(linears, concrete)
     states = _hidden_bytes(skeleton, request, seq_len)
     quantized = budget.n_bytes if budget else sum(spec.n_bytes for _, spec in modules)
     quantized += sum(spec.n_bytes for _, spec in vision_modules)
@@ -127,6 +128,14 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
         transform_bytes=transform.extra_bytes if transform else 0,
         at_most=recipe.allocator != "uniform",
     )
+
+
+def _planned_modules(linears: Sequence[Linear], recipe: Recipe) -> tuple[tuple[str, Spec], ...]:
+    if recipe.stores_signs:
+        ranks = ranks_of(linears, recipe)
+        sizes = ((linear.out_features, linear.in_features, ranks[linear.name]) for linear in linears)
+        return tuple((linear.name, sign_factors_spec(*size)) for linear, size in zip(linears, sizes, strict=True))
+    return tuple((linear.name, planned_spec(linear, recipe)) for linear in linears)
 
 
 def _account(skeleton: Skeleton, linears: list[Linear], matrices: tuple[OutsideMatrix, ...], quantized: int) -> Account:

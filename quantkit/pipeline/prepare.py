@@ -120,6 +120,7 @@ def deciding_settings(
     request: QuantizeRequest,
     skeleton: Skeleton,
     calibration: CalibrationSet | None,
+    training: CalibrationSet | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def deciding_settings(
     return {
         "recipe": request.recipe.to_json(),
         "calibration": calibration.to_json() if calibration else None,
+        **({"training": training.to_json()} if training else {}),
         "seed": request.seed,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),

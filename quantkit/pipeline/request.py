@@ -107,5 +107,11 @@ class Listener:
     def block_done(self, index: int, seconds: float) -> None:
         """The block's packed tensors are on disk."""
 
+    def training_started(self, n_steps: int) -> None:
+        """All blocks are packed; the training of the whole model begins."""
+
+    def trained(self, step: int, n_steps: int, loss: float, held_out_loss: float) -> None:
+        """``step`` steps are done and kept on disk; ``loss`` is the mean since the last time."""
+
     def note(self, text: str) -> None:
         """Something the user should know."""

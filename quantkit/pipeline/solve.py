@@ -116,10 +116,10 @@ def _solve_grouped(
         config = GPTQConfig(damping=recipe.damping, act_order=recipe.act_order)  # type: ignore[arg-type]
         solution = gptq(weight, hessian, bits, recipe.symmetric, fit, config)
         quantized, damping = solution.weight, solution.damping
-    if recipe.refine:
+    if recipe.refine_rounds:
         assert hessian is not None
         target, metric = without_dead_columns(weight, hessian)
-        quantized = refine(target, damped(metric, max(damping, recipe.damping)), quantized, recipe.refine)
+        quantized = refine(target, damped(metric, max(damping, recipe.damping)), quantized, recipe.refine_rounds)
     return quantized, damping
 
 
@@ -169,7 +169,7 @@ def _solve_heads(
         damping = max(damping, solution.damping)
         raised = solution.damping if solution.damping > recipe.damping else 0.0
         column_damping, row_damping = max(recipe.damping, raised), max(recipe.row_damping, raised)
-        solved = refine_heads(own, columns, R, solution.weight, recipe.refine, column_damping, row_damping)
+        solved = refine_heads(own, columns, R, solution.weight, recipe.refine_rounds, column_damping, row_damping)
         codes[rows], scales[rows], zeros[rows] = solved.codes, solved.scales, solved.zeros
     return GroupedInt(codes=codes, scales=scales, zeros=zeros, bits=bits, symmetric=recipe.symmetric), damping
 

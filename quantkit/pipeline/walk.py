@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit.algorithms.littlebit import Rank
 from quantkit.calib.attention import HeadFactors
 from quantkit.calib.hidden_states import BlockCalls, HiddenStates, capture_block_inputs
 from quantkit.calib.pictures import CalibrationSet, for_forward
@@ -23,6 +24,7 @@ from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear, kind_of
 from quantkit.pipeline.allocate import Allocator, ScoredBlock, needs_activations
 from quantkit.pipeline.attend import AttentionWatch
+from quantkit.pipeline.factorize import factorize_linear, ranks_of
 from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.modality import modality_errors, probes, token_weights
 from quantkit.pipeline.outside import OutsideMatrix, set_embedding
@@ -58,6 +60,7 @@ class Walk:
         self.float_hidden: HiddenStates | None = None  # the float model's, where the recipe aims at its outputs
         self.calls: BlockCalls | None = None
         self.widths: dict[str, int] = {}  # of each linear, where the recipe mixes them
+        self.ranks: dict[str, Rank] = {}  # of each linear, where weights become factors
         self.heads: dict[str, list[HeadFactors]] = {}  # solver=boa: what attention does with a linear's outputs
 
     def run(self) -> None:
@@ -74,6 +77,8 @@ class Walk:
         if self.recipe.mixes_widths:
             allocator = Allocator(self.recipe, blocks, self.seed, self.listener)
             self.widths = allocator.widths(self.journal.folder, self._original_blocks())
+        if self.recipe.stores_signs:
+            self.ranks = ranks_of([linear for block in blocks for linear in block.linears], self.recipe)
         if self.calibration is not None and n_finished < len(blocks):
             if self.recipe.follows_float_model:
                 self._capture(self.calibration, original=True)
@@ -307,7 +312,10 @@ class Walk:
             )
         recipe = self.recipe.at(self.widths[linear.name]) if self.widths else self.recipe
         weight: Tensor = module.get_submodule(linear.path).weight  # type: ignore[assignment]
-        solved = solve_linear(linear, weight, statistics, recipe, self.heads.get(linear.path, ()))
+        if self.ranks:
+            solved = factorize_linear(linear, weight, statistics, recipe, self.ranks[linear.name])
+        else:
+            solved = solve_linear(linear, weight, statistics, recipe, self.heads.get(linear.path, ()))
         if solved.damping > self.recipe.damping:
             self.listener.note(f"{linear.name}: Hessian not positive definite; damping raised to {solved.damping:g}")
         return solved

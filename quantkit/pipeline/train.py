@@ -1,0 +1,144 @@
+"""The training stage of a run: from the blocks that the walk has packed to packed blocks with trained signs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.algorithms.littlebit import folded
+from quantkit.algorithms.sign_refinement import balanced
+from quantkit.calib.datasets import Calibration
+from quantkit.errors import RequestError
+from quantkit.formats.files import write_json
+from quantkit.formats.safetensors_io import read_header, read_tensor
+from quantkit.formats.sign_factors import SignFactors
+from quantkit.formats.storage import pack, spec_from_json, unpack
+from quantkit.models.skeleton import Skeleton
+from quantkit.pipeline.distill import Distillation, split_samples
+from quantkit.pipeline.factorize import from_stored, to_stored
+from quantkit.pipeline.journal import FinishedBlock, Journal, finished_blocks, work_folder
+from quantkit.pipeline.prepare import compute_dtype, read_calibration, sequence_length
+from quantkit.pipeline.request import Listener, QuantizeRequest
+from quantkit.pipeline.sign_linear import SignLinear
+from quantkit.pipeline.solve import relative_error
+from quantkit.pipeline.team import Team
+
+FILE = "training.json"  # of the work folder: the losses, for the report
+
+
+def training_set(request: QuantizeRequest, skeleton: Skeleton) -> Calibration:
+    """The calibration set, or more of the same text.
+
+    Raises:
+        RequestError: pictures, or a single sequence; and as `read_calibration`.
+    """
+    n_samples = request.recipe.train_samples or request.n_samples
+    text = read_calibration(replace(request, n_samples=n_samples), skeleton, sequence_length(skeleton, request))
+    if not isinstance(text, Calibration):
+        raise RequestError("refine=qat trains on text; give --calib text, or use --set refine=signs with pictures")
+    split_samples(text.input_ids)
+    return text
+
+
+def train(
+    request: QuantizeRequest,
+    skeleton: Skeleton,
+    text: Calibration,
+    journal: Journal,
+    listener: Listener,
+    device: torch.device,
+) -> None:
+    """The leader's part: train, pack, and put the trained blocks into the journal's place of the others."""
+    team = _team(skeleton, device)
+    with _students(request, skeleton, journal.finished, team.device) as linears:
+        listener.training_started(request.recipe.steps)
+        distillation = _distillation(request, skeleton, text, team)
+        with torch.enable_grad():
+            distillation.run(journal.folder, listener.trained)
+        for index, block in enumerate(skeleton.blocks):
+            names = [linear.name for linear in block.linears]
+            _store(journal, index, {name: linears[name] for name in names})
+        write_json(journal.folder / FILE, _summary(distillation))
+
+
+def follow(request: QuantizeRequest, skeleton: Skeleton, device: torch.device) -> None:
+    """The part of the other processes of a launch: wait for the walk, take their share of the training, end."""
+    text = training_set(request, skeleton)
+    team = _team(skeleton, device)
+    folder = work_folder(request.output)
+    with _students(request, skeleton, finished_blocks(folder), team.device):
+        _distillation(request, skeleton, text, team).run(folder, lambda *numbers: None)
+
+
+def _team(skeleton: Skeleton, device: torch.device) -> Team:
+    experts = any(".experts." in linear.path for block in skeleton.blocks for linear in block.linears)
+    return Team(device, sparse=experts)
+
+
+def _distillation(request: QuantizeRequest, skeleton: Skeleton, text: Calibration, team: Team) -> Distillation:
+    modules = [skeleton.block_module(index) for index in range(len(skeleton.blocks))]
+    return Distillation(skeleton.model, modules, text.input_ids, request.recipe, request.seed, team)
+
+
+@contextmanager
+def _students(
+    request: QuantizeRequest, skeleton: Skeleton, finished: Sequence[FinishedBlock], device: torch.device
+) -> Iterator[dict[str, SignLinear]]:
+    """The whole model on the device, with a `SignLinear` for each quantized linear; afterwards as it was, on meta."""
+    folder = work_folder(request.output)
+    skeleton.load_model(device, compute_dtype(request, skeleton, device))
+    model, originals, linears = skeleton.model, {}, {}
+    generator = torch.Generator().manual_seed(request.seed)
+    for block in finished[: len(skeleton.blocks)]:  # a vision tower may follow
+        refs = read_header(folder / block.file)
+        for name, entry in block.modules.items():
+            spec = spec_from_json(entry["spec"])
+            stored = unpack(spec, {key: read_tensor(refs[f"{entry['prefix']}.{key}"]) for key in spec.tensor_layout()})
+            assert isinstance(stored, SignFactors)
+            originals[name] = model.get_submodule(name)
+            linears[name] = SignLinear(originals[name], from_stored(stored, device), generator)
+            _put(model, name, linears[name])
+    try:
+        yield linears
+    finally:
+        for name, linear in originals.items():
+            _put(model, name, linear)
+        skeleton.release_surroundings()
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _store(journal: Journal, index: int, linears: dict[str, SignLinear]) -> None:
+    """The block's file again, with the trained signs and scales."""
+    block = journal.finished[index]
+    tensors: dict[str, Tensor] = {
+        name: read_tensor(ref) for name, ref in read_header(journal.folder / block.file).items()
+    }
+    entries: dict[str, dict[str, Any]] = {}
+    for name, linear in linears.items():
+        stored = to_stored(balanced(folded(linear.factors())))
+        entry = block.modules[name]
+        tensors |= {f"{entry['prefix']}.{key}": tensor.cpu() for key, tensor in pack(stored).items()}
+        error = relative_error(linear.weight.float(), stored.dequantize(), None)
+        entries[name] = {"prefix": entry["prefix"], "spec": stored.spec().to_json(), "relative_error": error}
+    journal.replace_block(index, tensors, entries)
+
+
+def _summary(distillation: Distillation) -> dict[str, Any]:
+    """For ``report.json``: the losses at every check, the training loss as a mean since the one before."""
+    progress = distillation.progress
+    rows, last = [], 0
+    for step, held_out in progress.checks:
+        recent = progress.losses[last:step]
+        rows.append({"step": step, "loss": sum(recent) / len(recent) if recent else None, "held_out_loss": held_out})
+        last = step
+    best = min(range(len(rows)), key=lambda row: progress.checks[row][1])
+    return {"training": {"steps": progress.step, "kept_step": rows[best]["step"], "checks": rows}}
