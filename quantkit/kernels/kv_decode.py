@@ -21,10 +21,10 @@ from torch import Tensor
 from quantkit.formats.kv_page import GridSpec, PageSpec
 from quantkit.kernels.kv_attention import Part
 
-MAX_SPLITS = 64  # of a segment; merge reads all of them at once
+MAX_SPLITS = 63  # of a segment: with the tokens in 16 bits a power of two, all of which merge reads at once
 HEAD_DIMS = (64, 128, 256)
 _LOG2_E = 1.4426950408889634
-_MERGE_CHUNK = 16
+_MERGE_TILE = 1 << 14  # numbers that a program of the merge holds at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def decode_launches(
     merge |= {
         "n_slots": n_slots,
         "SLOTS": slots,
-        "CHUNK": min(_MERGE_CHUNK, 1024 // slots * 16),
+        "CHUNK": max(4, min(16, _MERGE_TILE // (slots * columns))),
         "num_warps": 4,
     } | shape
     launches.append(("merge_kernel", (heads, d // merge["CHUNK"]), merge))
