@@ -75,14 +75,15 @@ def planar_matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], b
     if x.shape[0] == 0:
         return x.new_empty(0, spec.out_features)
     if x.shape[0] > MAX_FUSED_TOKENS or x.dtype == torch.float32:
-        return _dequantized_matmul(x, spec, tensors, bias)
+        return dequantized_matmul(x, spec, tensors, bias)
     segments = planar_segments(spec)
     config = choose_config(x.shape[0], segments)
     per_split = choose_splits(segments, padded_rows(spec), config)
     return fused_matmul(x.contiguous(), spec, tensors, bias, config=config, per_split=per_split)
 
 
-def _dequantized_matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+def dequantized_matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+    """Slabs of rows, decoded to the dtype of x and multiplied by the vendor's matrix product."""
     if bias is not None:
         bias = bias.to(x.dtype)
     step = max(1, _SLAB_BYTES // (spec.in_features * x.element_size()))

@@ -2,16 +2,33 @@
 
     z = latent_scales * (V (column_scales * x)),     y = row_scales * (U z) + bias,     summed over the paths
 
-Neither the weight nor a factor is ever decoded as a whole.
+Neither the weight nor a factor is ever decoded as a whole, but for many rows of x on a GPU (see `matmul`).
 """
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from quantkit.formats.sign_factors import NAME, SignFactorsSpec
-from quantkit.kernels.signs import as_rows, sign_matmul
+from quantkit.kernels.planar import padded_rows, planar_segments
+from quantkit.kernels.planar_matmul import (
+    MAX_FUSED_TOKENS,
+    choose_config,
+    choose_splits,
+    dequantize_rows,
+    fused_launch,
+    fused_matmul,
+    partial_size,
+    triton_kernels,
+)
+from quantkit.kernels.sign_planar import factor, factor_specs, factors_from_planar, latent_span
+from quantkit.kernels.signs import as_rows, prepare, sign_kernels, sign_matmul
+
+_LATENT_COLUMNS = 256
 
 
 def matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
@@ -20,17 +37,25 @@ def matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], bias: T
     Args:
         x: float32, bfloat16 or float16 ``[..., in_features]``, on the device of the tensors.
         spec: shape and ranks of the packed weight.
-        tensors: the stored tensors of ``spec.tensor_layout()``.
+        tensors: the stored tensors of ``spec.tensor_layout()``, or what `sign_planar.factors_to_planar` made of them.
         bias: ``[out_features]`` or None.
 
     Returns:
-        ``[..., out_features]`` in ``x.dtype``; sums are float32.
+        ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
+        device. Planar tensors on a GPU are multiplied by Triton kernels, with ``column_scales * x`` and ``z`` rounded
+        to the dtype of x; for more than 64 rows of x (or in float32) each factor is decoded once and multiplied.
 
     Raises:
         RequestError: wrong last dimension or dtype of ``x``.
     """
     rows = as_rows(x, NAME, spec.in_features)
-    product = matmul_reference(rows, spec, tensors, bias)
+    if "v_planar" in tensors:
+        names = sorted(tensors)
+        shape = (spec.out_features, spec.in_features, list(spec.ranks))
+        values = [tensors[name] for name in names]
+        product = cast(Tensor, torch.ops.quantkit.sign_factors_planar_matmul(rows, values, names, bias, *shape))
+    else:
+        product = matmul_reference(rows, spec, tensors, bias)
     return product.reshape(*x.shape[:-1], spec.out_features)
 
 
@@ -49,3 +74,82 @@ def matmul_reference(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype)
+
+
+def planar_matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+    """``[m, in]`` to ``[m, out]`` in the dtype of x, on a GPU, from the tensors of `factors_to_planar`."""
+    if len(x) == 0:
+        return x.new_empty(0, spec.out_features)
+    v, u = factor_specs(spec)
+    scaled = prepare(x, None, tensors["x_scales"])
+    if len(x) > MAX_FUSED_TOKENS or x.dtype == torch.float32:
+        return _decoded_matmul(scaled, spec, tensors, bias)
+    segments = planar_segments(v)
+    config = choose_config(min(len(scaled), MAX_FUSED_TOKENS), segments)
+    per_split = choose_splits(segments, padded_rows(v), config)
+    latents = x.new_empty(len(scaled), v.out_features, dtype=torch.float32)
+    partial = latents.new_empty(partial_size(len(scaled), v, config, per_split))
+    grid, arguments = fused_launch(
+        scaled, v, factor(tensors, "v_"), None, latents, partial, config=config, per_split=per_split
+    )
+    with torch.cuda.device(x.device):
+        triton_kernels().fused_kernel[grid](**arguments, ASM=True)
+    z = select_latents(latents, tensors["z_scales"], len(x), latent_span(spec), x.dtype)
+    segments = planar_segments(u)
+    config = choose_config(len(z), segments)
+    per_split = choose_splits(segments, padded_rows(u), config)
+    return fused_matmul(z, u, factor(tensors, "u_"), bias, config=config, per_split=per_split)
+
+
+def select_latents(latents: Tensor, scales: Tensor, n_tokens: int, span: int, dtype: torch.dtype) -> Tensor:
+    """``[paths * n_tokens, n]`` to scaled ``[n_tokens, n]``: of each latent, what the activations of its path gave."""
+    out = latents.new_empty(n_tokens, latents.shape[1], dtype=dtype)
+    grid = (n_tokens, -(-out.shape[1] // _LATENT_COLUMNS))
+    with torch.cuda.device(latents.device):
+        sign_kernels().latent_kernel[grid](
+            latents, scales, out, n_tokens, out.shape[1], span, COLUMNS=_LATENT_COLUMNS, num_warps=4
+        )
+    return out
+
+
+def _decoded_matmul(scaled: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+    """``scaled`` [paths * m, padded in]: the factors in its dtype, one after the other."""
+    (v, u), span, dtype = factor_specs(spec), latent_span(spec), scaled.dtype
+    parts = scaled.chunk(len(spec.ranks))
+    z = scaled.new_empty(len(parts[0]), v.out_features)
+    for path, part in enumerate(parts):
+        rows = slice(path * span, (path + 1) * span)
+        product = linear(part, dequantize_rows(v, factor(tensors, "v_"), rows.start, rows.stop, dtype))
+        z[:, rows] = (product.float() * tensors["z_scales"][rows]).to(dtype)
+    weight = dequantize_rows(u, factor(tensors, "u_"), 0, u.out_features, dtype)
+    return linear(z, weight, None if bias is None else bias.to(dtype))
+
+
+def _planar_op(
+    x: Tensor,
+    values: list[Tensor],
+    names: list[str],
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+    ranks: list[int],
+) -> Tensor:
+    spec = SignFactorsSpec(out_features=out_features, in_features=in_features, ranks=tuple(ranks))
+    tensors = dict(zip(names, values, strict=True))
+    if x.is_cuda:
+        return planar_matmul(x.contiguous(), spec, tensors, bias)
+    return matmul_reference(x, spec, factors_from_planar(spec, tensors), bias)
+
+
+def _fake_op(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape[0], arguments[3])
+
+
+_LIBRARY = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "sign_factors_planar_matmul(Tensor x, Tensor[] tensors, str[] names, Tensor? bias, "
+    "int out_features, int in_features, int[] ranks) -> Tensor"
+)
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("sign_factors_planar_matmul", _planar_op, _device)  # type: ignore[no-untyped-call]
+torch.library.register_fake("quantkit::sign_factors_planar_matmul", _fake_op, lib=_LIBRARY)

@@ -3,18 +3,32 @@
     y = row_scales * (S (column_scales * x_b)) + row_means * sum(column_scales * x_b) + Q x_s + bias
 
 x_s are the salient columns of x and x_b the others, S the signs and Q the `grouped_int` part. Neither part is ever
-decoded as a whole.
+decoded as a whole, but for many rows of x on a GPU (see `matmul`).
 """
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
 from torch import Tensor
 
 from quantkit.formats.packing import unpack_bits
 from quantkit.formats.sign_salient import NAME, SALIENT, SignSalientSpec
 from quantkit.formats.spec import without_prefix
 from quantkit.kernels import grouped_int
-from quantkit.kernels.signs import as_rows, sign_matmul
+from quantkit.kernels.planar import PlanarSegment, has_zeros, padded_rows, planar_segments
+from quantkit.kernels.planar_matmul import (
+    MAX_FUSED_TOKENS,
+    Config,
+    choose_config,
+    choose_splits,
+    dequantized_matmul,
+)
+from quantkit.kernels.sign_planar import binary_part, binary_spec, salient_from_planar
+from quantkit.kernels.signs import as_rows, prepare, sign_kernels, sign_matmul
 
 
 def matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
@@ -23,17 +37,25 @@ def matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: T
     Args:
         x: float32, bfloat16 or float16 ``[..., in_features]``, on the device of the tensors.
         spec: shape and parts of the packed weight.
-        tensors: the stored tensors of ``spec.tensor_layout()``.
+        tensors: the stored tensors of ``spec.tensor_layout()``, or what `sign_planar.salient_to_planar` made of them.
         bias: ``[out_features]`` or None.
 
     Returns:
-        ``[..., out_features]`` in ``x.dtype``; sums are float32.
+        ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
+        device. Planar tensors on a GPU are multiplied by a Triton kernel, with ``column_scales * x_b`` rounded to the
+        dtype of x; for more than 64 rows of x (or in float32) each part is decoded in slabs and multiplied as it is.
 
     Raises:
         RequestError: wrong last dimension or dtype of ``x``.
     """
     rows = as_rows(x, NAME, spec.in_features)
-    product = matmul_reference(rows, spec, tensors, bias)
+    if "sign_scales" in tensors:
+        names = sorted(tensors)
+        values = [tensors[name] for name in names]
+        text = json.dumps(spec.to_json())
+        product = cast(Tensor, torch.ops.quantkit.sign_salient_planar_matmul(rows, values, names, bias, text))
+    else:
+        product = matmul_reference(rows, spec, tensors, bias)
     return product.reshape(*x.shape[:-1], spec.out_features)
 
 
@@ -58,3 +80,144 @@ def matmul_reference(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor
 def column_order(spec: SignSalientSpec, tensors: dict[str, Tensor]) -> Tensor:
     """int64 ``[in_features]``: the columns that are not salient, then the salient ones."""
     return unpack_bits(tensors["salient_columns"], 1, spec.in_features).argsort(stable=True)
+
+
+def planar_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+    """``[m, in]`` to ``[m, out]`` in the dtype of x, on a GPU, from the tensors of `salient_to_planar`."""
+    if len(x) == 0:
+        return x.new_empty(0, spec.out_features)
+    prepared = prepare(x, tensors["x_order"], tensors["x_scales"])
+    if len(x) > MAX_FUSED_TOKENS or x.dtype == torch.float32:
+        return _decoded_matmul(prepared, spec, tensors, bias)
+    out = x.new_empty(len(x), spec.out_features)
+    segments = sign_segments(spec)
+    config = choose_config(len(x), segments)
+    per_split = choose_splits(segments, padded_rows(binary_spec(spec)), config)
+    partial = x.new_empty(partial_size(len(x), spec, config, per_split), dtype=torch.float32)
+    grid, arguments = sign_salient_launch(
+        prepared, spec, tensors, bias, out, partial, config=config, per_split=per_split
+    )
+    with torch.cuda.device(x.device):
+        sign_kernels().sign_salient_kernel[grid](**arguments, ASM=True)
+    return out
+
+
+def _decoded_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+    """x as `prepare` leaves it; the parts in its dtype, slab by slab."""
+    binary = binary_spec(spec)
+    signed = x[:, : binary.in_features]
+    out = dequantized_matmul(signed, binary, binary_part(tensors), None).float()
+    if spec.row_means:
+        out += signed.float().sum(1, keepdim=True) * tensors["row_means"].float()
+    if spec.salient:
+        salient = x[:, binary.in_features :]
+        out += dequantized_matmul(salient, spec.salient, without_prefix(SALIENT, tensors), None).float()
+    if bias is not None:
+        out += bias.float()
+    return out.to(x.dtype)
+
+
+def sign_segments(spec: SignSalientSpec) -> tuple[PlanarSegment, ...]:
+    """The planar segments of both parts, that of the signs first."""
+    salient = planar_segments(spec.salient) if spec.salient else ()
+    return (*planar_segments(binary_spec(spec)), *salient)
+
+
+def _split_counts(spec: SignSalientSpec, per_split: tuple[int, ...]) -> list[int]:
+    return [-(-segment.n_blocks // per) for segment, per in zip(sign_segments(spec), per_split, strict=True)]
+
+
+def partial_size(n_tokens: int, spec: SignSalientSpec, config: Config, per_split: tuple[int, ...]) -> int:
+    """Numbers of the workspace of partial sums; none if one program does a whole row."""
+    splits = sum(_split_counts(spec, per_split))
+    return -(-n_tokens // config.tokens) * config.tokens * splits * spec.out_features if splits > 1 else 0
+
+
+def sign_salient_launch(
+    x: Tensor,
+    spec: SignSalientSpec,
+    tensors: dict[str, Tensor],
+    bias: Tensor | None,
+    out: Tensor,
+    partial: Tensor,
+    *,
+    config: Config,
+    per_split: tuple[int, ...],
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Grid and arguments of `sign_salient_kernel`, all but ASM; x as `prepare` leaves it, contiguous."""
+    binary, segments, splits = binary_spec(spec), sign_segments(spec), _split_counts(spec, per_split)
+    signs, salient = segments[0], segments[-1]
+    grid = (padded_rows(binary) // config.rows, sum(splits), -(-len(x) // config.tokens))
+    assert x.is_contiguous()
+    assert tensors["counters"].numel() >= grid[0] * grid[2]
+    parts = [
+        (segment.row_words // 16, segment.n_blocks, per, count, segment.n_planes)
+        for segment, per, count in zip(segments, per_split, splits, strict=True)
+    ]
+    none = tensors["sign_scales"]  # where there is no such tensor
+    scales = tensors.get("salient_planar_scales", none)
+    zero = None if spec.salient is None or has_zeros(spec.salient) else float(2 ** (salient.bits - 1))
+    arguments = {
+        "x": x,
+        "sign_words": tensors["planar"],
+        "sign_scales": tensors["sign_scales"],
+        "sign_zeros": tensors.get("sign_zeros", none),
+        "words": tensors.get("salient_planar", tensors["planar"]),
+        "scales": scales,
+        "zeros": tensors.get("salient_planar_zeros", scales),
+        "bias": out if bias is None else bias,
+        "y": out,
+        "partial": partial,
+        "counters": tensors["counters"],
+        "n_tokens": len(x),
+        "n_rows": spec.out_features,
+        "n_columns": x.shape[1],
+        "first_salient": binary.in_features,
+        "scale_stride": padded_rows(binary),
+        "sign_part": parts[0],
+        "salient_part": parts[-1],
+        "SIGN_WIDTH": signs.plane_width,
+        "SIGN_RAGGED": signs.n_planes % signs.planes_per_block != 0,
+        "SIGN_GROUP": binary.group_size,
+        "SIGN_ZERO": None if spec.row_means else 0.5,
+        "HAS_SALIENT": spec.salient is not None,
+        "BITS": salient.bits,
+        "WIDTH": salient.plane_width,
+        "RAGGED": salient.n_planes % salient.planes_per_block != 0,
+        "GROUP": spec.salient.group_size if spec.salient else binary.group_size,
+        "ZERO": zero,
+        "HAS_BIAS": bias is not None,
+        "SPLITS": sum(splits),
+        "ROWS": config.rows,
+        "TOKENS": config.tokens,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "maxnreg": config.max_registers,
+        "enable_fp_fusion": True,
+    }
+    return grid, arguments
+
+
+@lru_cache(maxsize=1024)
+def _spec(text: str) -> SignSalientSpec:
+    return SignSalientSpec.from_json(json.loads(text))
+
+
+def _planar_op(x: Tensor, values: list[Tensor], names: list[str], bias: Tensor | None, text: str) -> Tensor:
+    spec, tensors = _spec(text), dict(zip(names, values, strict=True))
+    if x.is_cuda:
+        return planar_matmul(x.contiguous(), spec, tensors, bias)
+    return matmul_reference(x, spec, salient_from_planar(spec, tensors), bias)
+
+
+def _fake_op(x: Tensor, values: list[Tensor], names: list[str], bias: Tensor | None, text: str) -> Tensor:
+    return x.new_empty(x.shape[0], _spec(text).out_features)
+
+
+_LIBRARY = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "sign_salient_planar_matmul(Tensor x, Tensor[] tensors, str[] names, Tensor? bias, str spec) -> Tensor"
+)
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("sign_salient_planar_matmul", _planar_op, _device)  # type: ignore[no-untyped-call]
+torch.library.register_fake("quantkit::sign_salient_planar_matmul", _fake_op, lib=_LIBRARY)

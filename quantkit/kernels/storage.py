@@ -13,17 +13,9 @@ from quantkit.formats import low_rank as low_rank_format
 from quantkit.formats import sign_factors as sign_factors_format
 from quantkit.formats import sign_salient as sign_salient_format
 from quantkit.formats.spec import Spec
-from quantkit.kernels import grouped_int, low_rank, planar, sign_factors, sign_salient
+from quantkit.kernels import grouped_int, low_rank, planar, sign_factors, sign_planar, sign_salient
 
 Tensors = dict[str, Tensor]
-
-
-def _never(spec: Any) -> bool:
-    return False
-
-
-def _same(spec: Any, tensors: Tensors) -> Tensors:
-    return dict(tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +23,25 @@ class Kernel:
     """How to compute with one format; ``to_planar`` and ``from_planar`` are exact inverses of each other."""
 
     matmul: Callable[[Tensor, Any, Tensors, Tensor | None], Tensor]  # takes the stored tensors or the planar ones
-    is_planar: Callable[[Any], bool] = _never  # whether a spec has a planar form, which CUDA kernels read
-    to_planar: Callable[[Any, Tensors], Tensors] = _same
-    from_planar: Callable[[Any, Tensors], Tensors] = _same
+    is_planar: Callable[[Any], bool]  # whether a spec has a planar form, which CUDA kernels read
+    to_planar: Callable[[Any, Tensors], Tensors]
+    from_planar: Callable[[Any, Tensors], Tensors]
 
 
 KERNELS: dict[str, Kernel] = {
     grouped_int_format.NAME: Kernel(grouped_int.matmul, planar.is_planar, planar.to_planar, planar.from_planar),
-    sign_salient_format.NAME: Kernel(sign_salient.matmul),
-    sign_factors_format.NAME: Kernel(sign_factors.matmul),
+    sign_salient_format.NAME: Kernel(
+        sign_salient.matmul,
+        sign_planar.has_planar_form,
+        sign_planar.salient_to_planar,
+        sign_planar.salient_from_planar,
+    ),
+    sign_factors_format.NAME: Kernel(
+        sign_factors.matmul,
+        sign_planar.always,
+        sign_planar.factors_to_planar,
+        sign_planar.factors_from_planar,
+    ),
     low_rank_format.NAME: Kernel(low_rank.matmul, low_rank.is_planar, low_rank.to_planar, low_rank.from_planar),
 }
 

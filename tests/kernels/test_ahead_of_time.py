@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from quantkit.formats.grouped_int import GroupedIntSpec
+from quantkit.formats.sign_salient import SignSalientSpec
 from quantkit.kernels.planar import planar_segments, to_planar
 from quantkit.kernels.planar_matmul import (
     choose_config,
@@ -21,6 +22,9 @@ from quantkit.kernels.planar_matmul import (
     fused_launch,
     partial_size,
 )
+from quantkit.kernels.sign_planar import salient_to_planar
+from quantkit.kernels.sign_salient import partial_size as sign_partial_size
+from quantkit.kernels.sign_salient import sign_salient_launch, sign_segments
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,3 +90,44 @@ def test_dequantize(compile_for_sm90, bits):
         _, sass, resources = compile_for_sm90(dequantize_kernel, grid, arguments, ASM=True)
         assert resources["LOCAL"] == resources["STACK"] == 0
         assert "STG.E.128" in sass
+
+
+@pytest.mark.parametrize(("m", "dtype"), [(1, torch.bfloat16), (16, torch.float16)])
+@pytest.mark.parametrize("row_means", [False, True])
+def test_signs_and_salient_columns(compile_for_sm90, row_means, m, dtype):
+    from quantkit.kernels.signs_triton import sign_salient_kernel
+
+    salient = GroupedIntSpec(out_features=192, in_features=768, group_size=128, segments=((4, 6),), symmetric=False)
+    shape = {"out_features": 192, "in_features": 4096}
+    spec = SignSalientSpec(**shape, row_means=row_means, column_scales=True, salient=salient)
+    stored = {name: torch.zeros(size, dtype=kind) for name, (kind, size) in spec.tensor_layout().items()}
+    stored["salient_columns"][:96] = 255
+    tensors = salient_to_planar(spec, stored)
+    segments = sign_segments(spec)
+    config = choose_config(m, segments)
+    per_split = choose_splits(segments, spec.out_features, config)
+    x, out = torch.zeros(m, len(tensors["x_order"]), dtype=dtype), torch.zeros(m, 192, dtype=dtype)
+    partial = torch.zeros(sign_partial_size(m, spec, config, per_split))
+    grid, arguments = sign_salient_launch(x, spec, tensors, None, out, partial, config=config, per_split=per_split)
+    metadata, sass, resources = compile_for_sm90(sign_salient_kernel, grid, arguments, ASM=True)
+    assert metadata.shared <= SHARED_LIMIT
+    assert resources["STACK"] <= SPILL_LIMIT[m]
+    assert re.search(r"\bHG?MMA\.", sass)
+    assert "LDGSTS.E.BYPASS.128" in sass
+    assert not re.search(r"LDGSTS\.E(\.BYPASS)?(\.U?(8|16))? ", sass)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_activations_and_latents(compile_for_sm90, ordered):
+    from quantkit.kernels.signs_triton import latent_kernel, prepare_kernel
+
+    half = torch.zeros(1, 4096, dtype=torch.bfloat16)
+    scales, order = torch.zeros(2, 4096), torch.zeros(4096, dtype=torch.int32)
+    prepare = {"x": half, "order": order, "scales": scales, "out": half, "n_tokens": 1, "n_columns": 4096}
+    prepare |= {"n_out": 4096, "ORDERED": ordered, "COLUMNS": 1024, "num_warps": 4}
+    latent = {"z": scales, "scales": scales, "out": half, "n_tokens": 1, "n_latents": 4096, "span": 2048}
+    latent |= {"COLUMNS": 256, "num_warps": 4}
+    for kernel, arguments in ((prepare_kernel, prepare), (latent_kernel, latent)):
+        _, sass, resources = compile_for_sm90(kernel, (2, 4), arguments)
+        assert resources["LOCAL"] == resources["STACK"] == 0
+        assert "STG.E" in sass

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-FILES = ["interpreter_cases.py", "kv_interpreter_cases.py"]
+FILES = ["interpreter_cases.py", "interpreter_sign_cases.py", "kv_interpreter_cases.py"]
 
 
 @pytest.mark.slow
@@ -19,7 +19,8 @@ FILES = ["interpreter_cases.py", "kv_interpreter_cases.py"]
 def test_kernels_in_the_interpreter(name):
     cases = Path(__file__).with_name(name)
     root = cases.parents[2]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join((str(root), str(cases.parent)))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -75,6 +75,21 @@ def test_product_is_that_of_the_dequantized_weight(weight: Weight, m: int, dtype
     check_product(x, weight, torch.linspace(-1, 1, weight.spec().out_features) if bias else None)
 
 
+@law
+@given(st.one_of(SIGN_SALIENT, SIGN_FACTORS))
+def test_planar_form_is_another_form_of_the_same_bytes(weight: Weight) -> None:
+    """What a GPU holds, on the CPU: exact back and forth, and the same product by the twin."""
+    spec, tensors = weight.spec(), storage.pack(weight)
+    kernel = kernel_of(spec)
+    planar = kernel.to_planar(spec, tensors)
+    again = kernel.from_planar(spec, planar)
+    assert list(again) == list(tensors)
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert (set(planar) != set(tensors)) == kernel.is_planar(spec)
+    x = activations(6, 2, spec.in_features)
+    assert torch.equal(kernel.matmul(x, spec, planar, None), kernel.matmul(x, spec, tensors, None))
+
+
 @pytest.mark.parametrize(
     "weight",
     [
