@@ -123,7 +123,8 @@ def _mixing(rank: int) -> Tensor:
     """A seeded orthogonal matrix: independent of weights and device, so that the same run gives the same bytes."""
     normal = torch.randn(rank, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q, r = torch.linalg.qr(normal)
-    return (q * r.diagonal().sign()).float()
+    orthogonal: Tensor = q * r.diagonal().sign()
+    return orthogonal.float()
 
 
 def _least_squares(target: Tensor, hessian: Tensor) -> Tensor:

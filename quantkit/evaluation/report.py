@@ -96,7 +96,8 @@ def evaluate(
         vqa: folders with ``metadata.jsonl`` and pictures.
         template: how a question about a picture is put; see `quantkit.calib.pictures.Prompt`.
         max_new_tokens: of an answer about a picture.
-        kv: also decode the texts with a quantized KV cache, such as ``akvq-vl`` (see `quantkit.kv_cache`).
+        kv: also decode the texts, and decode the answers, with a quantized KV cache, such as ``akvq-vl``; see
+            `quantkit.kv_cache`.
         kv_steps: tokens of each window that are decoded one by one.
         tasks: names of lm-eval tasks.
         tasks_path: a folder with lm-eval task files of your own.
@@ -130,7 +131,7 @@ def evaluate(
         tokenizer = _tokenizer_of(model)
     window = _window(config, seq_len)
     if kv is not None:
-        _check_kv(kv, window, kv_steps, sources)
+        _check_kv(kv, window, kv_steps, sources, folders)
     vocab_size = config.get_text_config().vocab_size
     # All texts before any weight: a text that cannot be read should not cost a model's loading time.
     texts = [load_evaluation(source, tokenizer, window, limit, vocab_size=vocab_size) for source in sources]
@@ -163,6 +164,7 @@ def evaluate(
             reference=other,
             template=template,
             max_new_tokens=max_new_tokens,
+            kv=kv,
             batch_size=batch_size or BATCH_SIZE,
             progress=_named(progress, Path(folder).name),
         )
@@ -180,12 +182,13 @@ def evaluate(
     )
 
 
-def _check_kv(spec: str, window: int, steps: int, sources: Sequence[str]) -> None:
+def _check_kv(spec: str, window: int, steps: int, sources: Sequence[str], folders: Sequence[str]) -> None:
     """What can be known about a KV cache before a model is."""
-    if not sources:
-        raise RequestError("kv is measured on texts; name one (data)")
+    if not sources and not folders:
+        raise RequestError("kv is measured on texts or pictures; name some (data or vqa)")
     parse_kv_spec(spec)
-    check_window(window, steps)
+    if sources:
+        check_window(window, steps)
 
 
 def _check_names(sources: Sequence[str]) -> None:

@@ -32,17 +32,23 @@ Progress = Callable[[int, int], None]  # (questions done, questions in all)
 
 @dataclass(frozen=True, kw_only=True)
 class VqaResult:
-    """What one folder gives: the share of questions answered exactly, of `n`; `kl_mean` in nats, with a reference."""
+    """What one folder gives: the share of questions answered exactly, of `n`; `kl_mean` in nats, with a reference.
+
+    With a quantized KV cache the answers were decoded with it: its spec, and its bytes per cached token at their ends.
+    """
 
     exact_match: float
     n: int
     protocol: str
     kl_mean: float | None = None
+    kv: str | None = None
+    kv_bytes_per_token: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The entry of a folder in the report."""
+        """The entry of a folder in the report; what was not measured has no field."""
         entry: dict[str, Any] = {"exact_match": self.exact_match, "n": self.n}
-        return entry if self.kl_mean is None else {**entry, "kl_mean": self.kl_mean}
+        more = {"kl_mean": self.kl_mean, "kv": self.kv, "kv_bytes_per_token": self.kv_bytes_per_token}
+        return entry | {name: value for name, value in more.items() if value is not None}
 
 
 def read_answered(folder: str, limit: int | None = None) -> list[Question]:
@@ -68,6 +74,7 @@ def evaluate_vqa(
     reference: Any = None,
     template: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    kv: str | None = None,
     batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
 ) -> VqaResult:
@@ -81,6 +88,7 @@ def evaluate_vqa(
         reference: a model of the same vocabulary, on its own device.
         template: see `Prompt`.
         max_new_tokens: of an answer, at least 1.
+        kv: decode the answers with a quantized KV cache, as in `quantkit.kv_cache`; it does not enter `kl_mean`.
         batch_size: questions per forward pass, at least 1.
         progress: called after each batch.
 
@@ -97,11 +105,11 @@ def evaluate_vqa(
             f"{name}: {type(model).__name__} takes no pictures; questions about pictures need one that does"
         )
     prompt = Prompt(processor, template)
-    n_right, kls = 0, []
+    n_right, kls, cached = 0, [], _Cached(model, kv)
     with torch.inference_mode(), eval_mode(model), eval_mode(reference):
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
-            answers = _answers(model, processor, prompt, batch, max_new_tokens)
+            answers = _answers(model, processor, prompt, batch, max_new_tokens, cached)
             n_right += sum(given == str(item.answer).strip() for given, item in zip(answers, batch, strict=True))
             if reference is not None:
                 kls += _distances(model, reference, processor, prompt, batch)
@@ -112,17 +120,46 @@ def evaluate_vqa(
     return VqaResult(
         exact_match=n_right / len(questions),
         n=len(questions),
-        protocol=f"{name}: exact match of {len(questions)} greedy answers of at most {max_new_tokens} tokens; "
-        f"prompt {prompt.description}",
+        protocol=f"{name}: exact match of {len(questions)} greedy answers of at most {max_new_tokens} tokens"
+        f"{f', KV cache {kv}' if kv else ''}; prompt {prompt.description}",
         kl_mean=math.fsum(kls) / len(kls) if kls else None,
+        kv=kv,
+        kv_bytes_per_token=cached.bytes_per_token,
     )
 
 
-def _answers(model: Any, processor: Any, prompt: Prompt, batch: Sequence[Question], max_new_tokens: int) -> list[str]:
+class _Cached:
+    """Makes the cache of each batch, and counts what the caches hold when the answers are there."""
+
+    def __init__(self, model: Any, spec: str | None) -> None:
+        self._model, self._spec = model, spec
+        self._n_bytes = self._n_tokens = 0
+
+    def generate(self, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+        if self._spec is None:
+            tokens: Tensor = self._model.generate(**inputs, **options)
+            return tokens
+        from quantkit.runtime.kv_cache import kv_cache  # imported here: it imports transformers
+
+        cache = kv_cache(self._model, self._spec)
+        tokens = self._model.generate(**inputs, past_key_values=cache, **options)
+        padding = int((inputs["attention_mask"] == 0).sum())
+        self._n_bytes += cache.nbytes
+        self._n_tokens += tokens.shape[0] * (tokens.shape[1] - 1) - padding  # the last token is not fed back
+        return tokens
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        return self._n_bytes / self._n_tokens if self._n_tokens else None
+
+
+def _answers(
+    model: Any, processor: Any, prompt: Prompt, batch: Sequence[Question], max_new_tokens: int, cached: _Cached
+) -> list[str]:
     inputs = _inputs(processor, batch, [prompt.ask(item.text) for item in batch])
     known = for_forward(model, inputs, model.device, model.dtype)
     with _unlimited(model):
-        tokens = model.generate(**known, max_new_tokens=max_new_tokens, do_sample=False)
+        tokens = cached.generate(known, max_new_tokens=max_new_tokens, do_sample=False)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [text.strip() for text in texts]

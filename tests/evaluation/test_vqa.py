@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,31 @@ def test_refusals(source: Path, models: Path, tmp_path: Path) -> None:
     write_metadata(pictures, [{"file_name": "0.png", "text": "a caption"}])
     with pytest.raises(FileError, match=r"pictures: metadata\.jsonl holds no questions with answers"):
         evaluate(source, data=(), vqa=str(pictures))
+
+
+def test_answers_with_a_quantized_cache(source: Path, tmp_path: Path) -> None:
+    """A cache that quantizes nothing gives the stock cache's answers; one of 2 bits is smaller."""
+    pictures = picture_folder(tmp_path, n_pictures=2)
+    model, questions = build_vision("llava"), read_answered(str(pictures))
+    said = own_answers(model, pictures, 6)
+    lines = [
+        {"file_name": f"{index}.png", "qa": [{"question": questions[2 * index].text, "answer": said[2 * index]}]}
+        for index in range(2)
+    ]
+    write_metadata(pictures, lines)
+    options: dict[str, Any] = {"name": "p", "max_new_tokens": 6, "batch_size": 2}
+    asked = read_answered(str(pictures))
+    results = {
+        spec: evaluate_vqa(model, tiny_processor("llava"), asked, kv=spec, **options)
+        for spec in ("fp16", "int2:window=4")
+    }
+    plain, small = results["fp16"], results["int2:window=4"]
+    assert plain.exact_match == 1
+    assert plain.to_json()["kv"] == "fp16"
+    assert plain.kv_bytes_per_token is not None
+    assert small.kv_bytes_per_token is not None
+    # keys and values of two layers with two heads of 16 channels in float16: 256 bytes
+    assert plain.kv_bytes_per_token >= 256
+    assert "KV cache int2:window=4" in small.protocol
+    report = json.loads(json.dumps(evaluate(source, data=(), vqa=str(pictures), kv="akvq-vl").to_json()))
+    assert report["vqa"][str(pictures)]["kv"] == "akvq-vl"
