@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from packed_models import PackedFolders, pack_folder, round_to_nearest
+from sign_weights import binarized, factorized
 from tiny_models import tiny_model
 
 from quantkit.formats.checkpoint import find_tensors, read_tensor
 from quantkit.formats.grouped_int import pack
+from quantkit.pipeline import quantize
 from quantkit.runtime.loading import load
 from quantkit.runtime.packed_linear import PackedLinear
 
@@ -122,3 +125,40 @@ def test_offload_to_the_cpu(tmp_path: Path) -> None:
     got = logits(folders.packed, device_map=places, dtype="float32")
     # float32 on the GPU rounds the weights to TF32 at worst: two blocks of it
     assert (got - truth).abs().max() < 0.05 * truth.std()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_embedding_and_head(tied: bool, tmp_path: Path) -> None:
+    """Rows are looked up in the planar table, which a tied head multiplies with too."""
+    source = tiny_model("llama", tmp_path, tie_word_embeddings=tied)
+    settings = ["embedding_bits=8", "head_bits=8"]
+    output = quantize(source, tmp_path / "out", method="rtn", bits=8, group_size=32, settings=settings).output
+    truth = logits(output)
+    model = load(output, device="cuda")
+    table = model.get_input_embeddings()
+    assert table.is_planar
+    ids = torch.arange(288)
+    assert torch.equal(table(ids.cuda()).cpu(), load(output).get_input_embeddings()(ids))
+    # float32 on the GPU rounds the weights to TF32 at worst: two blocks of it
+    assert (logits(output, device="cuda") - truth).abs().max() < 0.05 * truth.std()
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["sign_salient", "sign_factors"])
+def test_models_of_signs(kind: str, tmp_path: Path) -> None:
+    quantizers = {
+        "sign_salient": partial(binarized, n_salient=32, group_size=16),
+        "sign_factors": partial(factorized, ranks=(24, 8)),
+    }
+    folders = pack_folder(tiny_model("llama", tmp_path), tmp_path, quantize=quantizers[kind])
+    truth = logits(folders.dense)
+    assert (logits(folders.packed, device="cuda", dtype="float32") - truth).abs().max() < 0.05 * truth.std()
+    packed_error = (logits(folders.packed, device="cuda", dtype="bfloat16") - truth).abs().mean()
+    dense_error = (logits(folders.dense, device="cuda", dtype="bfloat16") - truth).abs().mean()
+    assert packed_error < 2 * dense_error  # two operands are rounded where the dense model rounds one
+    model = load(folders.packed, device="cuda")
+    assert all(module.is_planar for module in model.modules() if isinstance(module, PackedLinear))
+    model.save_pretrained(tmp_path / "again")
+    before, after = find_tensors(folders.packed), find_tensors(tmp_path / "again")
+    assert all(torch.equal(read_tensor(before[name]), read_tensor(after[name])) for name in before)
