@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from quantkit.algorithms.kv.coding import Coded, encode
+from quantkit.algorithms.kv.policy import Transform
 from quantkit.formats.kv_page import PAGE, GridSpec, PageSpec, dequantize, pack_keys, pack_values
+from quantkit.kernels.kv_append import append, supports_append
 from quantkit.kernels.kv_attention import Part, attend, attend_pages
 
 FLOAT_STEP = 32  # tokens by which a segment in 16 bits grows
@@ -48,13 +50,23 @@ class PackedSegment:
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, positions=list(self.positions))
 
-    def append(self, keys: Tensor, values: Tensor, positions: list[int]) -> None:
-        """Code float32 keys and values [heads, n, head_dim], in the basis of the pages, after the tokens here."""
+    def append(self, keys: Tensor, values: Tensor, positions: list[int], transform: Transform) -> None:
+        """Transform and code keys and values [heads, n, head_dim], on the original basis, after the tokens here."""
         start, spec = self.count, self.spec
         self.positions += positions
         self._reserve(-(-self.count // PAGE))
-        self._write("key", spec.keys, encode(keys, spec.bits, spec.keys, self.clip), start)
-        self._write("value", spec.values, encode(values, spec.bits, spec.values, self.clip), start)
+        if supports_append(keys, spec.keys):
+            options = {"rotate": transform.rotate_keys, "mean": transform.key_mean, "channel_scales": None}
+            append("key", keys, start, self.tensors, spec, clip=self.clip, **options)
+        else:
+            self._write("key", spec.keys, encode(transform.keys(keys), spec.bits, spec.keys, self.clip), start)
+        if supports_append(values, spec.values):
+            options = {"rotate": transform.rotate_values, "mean": None, "channel_scales": transform.value_scale}
+            append("value", values, start, self.tensors, spec, clip=self.clip, **options)
+        else:
+            self._write(
+                "value", spec.values, encode(transform.values(values), spec.bits, spec.values, self.clip), start
+            )
 
     def _write(self, which: str, grid: GridSpec, coded: Coded, start: int) -> None:
         first, before = divmod(start, PAGE)

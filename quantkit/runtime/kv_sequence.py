@@ -178,10 +178,14 @@ class SequenceCache:
         self._lengths.copy_(torch.tensor(counts, dtype=torch.int32))
 
     def _store(self, index: int, tokens: Tokens) -> None:
-        if len(tokens):
-            assert self.transform is not None
-            keys, values = self.transform.keys(tokens.keys), self.transform.values(tokens.values)
-            self.segments[index].append(keys, values, tokens.positions)
+        segment, transform = self.segments[index], self.transform
+        if len(tokens) == 0:
+            return
+        assert transform is not None
+        if isinstance(segment, PackedSegment):
+            segment.append(tokens.keys, tokens.values, tokens.positions, transform)
+        else:
+            segment.append(transform.keys(tokens.keys), transform.values(tokens.values), tokens.positions)
 
     def _begin(self, first: Tokens) -> None:
         """Fix what is derived from the first tokens."""

@@ -52,3 +52,58 @@ def test_query_heads(group):
 
 def test_head_of_128():
     run(filled("akvq-vl", n=200, heads=1, head_dim=128))
+
+
+def coded_by_the_kernel(spec_text, tokens, starts, seed=0):
+    """Keys and values of `tokens` appended in pieces; and the same by the torch twin."""
+    from quantkit.algorithms.kv.policy import fit_transform
+    from quantkit.algorithms.kv.registry import parse_kv_spec
+    from quantkit.formats.kv_page import PageSpec
+    from quantkit.kernels.kv_append import append_launch
+    from quantkit.kernels.kv_append_triton import append_kernel
+    from quantkit.runtime.kv_segment import PackedSegment
+
+    policy = parse_kv_spec(spec_text).layer_policy(0)
+    heads, n, head_dim = tokens.shape
+    grids = (policy.keys.for_head(head_dim), policy.values.for_head(head_dim))
+    spec = PageSpec(heads=heads, head_dim=head_dim, bits=policy.bits[0], keys=grids[0], values=grids[1])
+    transform = fit_transform(policy, tokens[:, :64], tokens[:, :64])
+    twin = PackedSegment.empty(spec, policy.clip[0], torch.device("cpu"))
+    twin.append(tokens, tokens, list(range(n)), transform)
+    layout = spec.layout(twin.tensors["key_words"].shape[1])
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
+    for start, stop in zip(starts, [*starts[1:], n], strict=True):
+        part = tokens[:, start:stop].contiguous()
+        for which, rotate, mean in (
+            ("key", transform.rotate_keys, transform.key_mean),
+            ("value", transform.rotate_values, None),
+        ):
+            grid, arguments = append_launch(
+                which, part, start, tensors, spec, rotate=rotate, mean=mean, channel_scales=None, clip=policy.clip[0]
+            )
+            append_kernel[grid](**arguments)
+    return spec, twin, tensors
+
+
+@pytest.mark.parametrize("spec_text", ["akvq-vl", "akvq-vl:bits=4,centre=0", "int2", "int4:rotate=yes", "int8"])
+def test_coding_of_tokens(spec_text):
+    """Scales to a rounding of float16, and codes the same but where a value lies between two."""
+    from quantkit.formats.kv_page import unpack_keys, unpack_values
+
+    tokens = torch.randn(2, 300, 64, generator=torch.Generator().manual_seed(0)).half()
+    tokens[..., 3] *= 9
+    spec, twin, tensors = coded_by_the_kernel(spec_text, tokens, [0])
+    for name, unpack in (("key_words", unpack_keys), ("value_words", unpack_values)):
+        found, expected = (unpack(held[name], spec)[:, :300].int() for held in (tensors, twin.tensors))
+        assert (found - expected).abs().max() <= 1
+        assert float((found != expected).float().mean()) <= 1e-3
+        assert not unpack(tensors[name], spec)[:, 300:].any()
+    for name in set(tensors) - {"key_words", "value_words"}:
+        assert torch.allclose(tensors[name].float(), twin.tensors[name].float(), rtol=2e-3, atol=1e-4)
+
+
+def test_coding_in_pieces_gives_the_same_bytes():
+    tokens = torch.randn(1, 200, 64, generator=torch.Generator().manual_seed(1)).half()
+    _, _, whole = coded_by_the_kernel("akvq-vl", tokens, [0])
+    _, _, pieces = coded_by_the_kernel("akvq-vl", tokens, [0, 1, 28, 60, 130])
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)

@@ -36,3 +36,19 @@ def test_decode(compile_for_sm90, spec):
             assert re.search(r"\bHMMA\.", sass)
             assert "LDGSTS.E.BYPASS.128" in sass  # words of keys and values: asynchronous copies of 16 bytes
             assert not re.search(r"\bI2F", sass.split("HMMA")[1])  # no conversion per code
+
+
+@pytest.mark.parametrize("which", ["key", "value"])
+@pytest.mark.parametrize("spec", ["akvq-vl", "int4"])
+def test_append(compile_for_sm90, spec, which):
+    from quantkit.kernels.kv_append import append_launch
+    from quantkit.kernels.kv_append_triton import append_kernel
+
+    case = filled(spec, n=200, heads=1, head_dim=128)
+    pages = case.segments[0]
+    options = {"rotate": case.basis.rotate_keys, "mean": None, "channel_scales": None, "clip": 1.0}
+    tokens = torch.zeros(1, 32, 128, dtype=torch.float16)
+    grid, arguments = append_launch(which, tokens, 128, pages.tensors, pages.spec, **options)
+    metadata, _, resources = compile_for_sm90(append_kernel, grid, arguments)
+    assert metadata.shared <= 232448
+    assert resources["STACK"] == 0

@@ -8,7 +8,9 @@ from kv_caches import filled, reference
 from tiny_models import build
 
 import quantkit
+from quantkit.algorithms.kv.registry import parse_kv_spec
 from quantkit.kernels.kv_decode import DecodeConfig, decode
+from quantkit.runtime.kv_sequence import SequenceCache
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,3 +82,26 @@ def test_a_model_on_the_gpu_gives_the_cpus_logits(spec):
             logits.append(torch.cat([model(part, past_key_values=cache).logits for part in parts], 1).cpu())
     difference = (logits[0] - logits[1])[:, 120:]
     assert float(difference.norm() / logits[0][:, 120:].norm()) <= 0.05
+
+
+@pytest.mark.parametrize("spec", ["akvq-vl", "zipcache:share=0", "int4", "kivi:window=32"])
+def test_token_by_token_or_all_at_once_the_same_bytes(spec):
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, 300, 64, generator=generator).cuda()
+    query = torch.randn(2, 4, 300, 64, generator=generator).cuda() / 8
+    caches = []
+    for sizes in ([300], [1] * 300, [100, 60, 140]):
+        policy = parse_kv_spec(spec).layer_policy(0)
+        sequence, start = SequenceCache(policy, 2, 64, torch.float16, keys.device), 0
+        for size in sizes:
+            here = slice(start, start + size)
+            sequence.append(keys[:, here], values[:, here], query[:, :, here])
+            start += size
+        caches.append(sequence)
+    for other in caches[1:]:
+        for one, two in zip(caches[0].segments, other.segments, strict=True):
+            assert one.positions == two.positions
+            n = min(one.tensors["key_words"].shape[1], two.tensors["key_words"].shape[1])
+            assert torch.equal(one.tensors["key_words"][:, :n], two.tensors["key_words"][:, :n])
+            assert torch.equal(one.tensors["value_words"][:, :n], two.tensors["value_words"][:, :n])
+            assert torch.equal(*(x.tensors["key_scales"].sum(dtype=torch.float64) for x in (one, two)))

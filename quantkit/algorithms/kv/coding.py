@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.kv_page import GridSpec
+from quantkit.kernels.kv_append import START
 
 MIN_SCALE = 2.0**-14
 MAX_FLOAT16 = 65504.0
-_START = {2: 0.996, 4: 0.335, 8: 0.0308}  # the best uniform step for normal data, in standard deviations
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def _range(x: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Tensor]:
 def _symmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     middle = ((1 << bits) - 1) / 2
     square = (x * x).sum(-1, keepdim=True)
-    scale = (square / x.shape[-1]).sqrt() * _START[bits]
+    scale = (square / x.shape[-1]).sqrt() * START[bits]
     for _ in range(3):
         level = _nearest(x, scale, middle)
         scale = (x * level).sum(-1, keepdim=True) / (level * level).sum(-1, keepdim=True)
