@@ -8,13 +8,13 @@ decoded as a whole, but for many rows of x on a GPU (see `matmul`).
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.packing import unpack_bits
 from quantkit.formats.sign_salient import NAME, SALIENT, SignSalientSpec
 from quantkit.formats.spec import without_prefix
@@ -52,8 +52,8 @@ def matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: T
     if "sign_scales" in tensors:
         names = sorted(tensors)
         values = [tensors[name] for name in names]
-        text = json.dumps(spec.to_json())
-        product = cast(Tensor, torch.ops.quantkit.sign_salient_planar_matmul(rows, values, names, bias, text))
+        numbers = (spec.out_features, spec.in_features, spec.row_means, spec.column_scales, *_salient_numbers(spec))
+        product = cast(Tensor, torch.ops.quantkit.sign_salient_planar_matmul(rows, values, names, bias, *numbers))
     else:
         product = matmul_reference(rows, spec, tensors, bias)
     return product.reshape(*x.shape[:-1], spec.out_features)
@@ -198,25 +198,58 @@ def sign_salient_launch(
     return grid, arguments
 
 
+def _salient_numbers(spec: SignSalientSpec) -> tuple[int, int, int, bool]:
+    """Salient columns, group size, bits and symmetry: operators take plain values."""
+    if spec.salient is None:
+        return 0, 0, 0, False
+    return spec.n_salient, spec.salient.group_size, spec.salient.segments[0][0], spec.salient.symmetric
+
+
 @lru_cache(maxsize=1024)
-def _spec(text: str) -> SignSalientSpec:
-    return SignSalientSpec.from_json(json.loads(text))
+def _spec(
+    out_features: int,
+    in_features: int,
+    row_means: bool,
+    column_scales: bool,
+    n_salient: int,
+    group_size: int,
+    bits: int,
+    symmetric: bool,
+) -> SignSalientSpec:
+    salient = None
+    if n_salient:
+        salient = GroupedIntSpec(
+            out_features=out_features,
+            in_features=n_salient,
+            group_size=group_size,
+            segments=((bits, n_salient // group_size),),
+            symmetric=symmetric,
+        )
+    return SignSalientSpec(
+        out_features=out_features,
+        in_features=in_features,
+        row_means=row_means,
+        column_scales=column_scales,
+        salient=salient,
+    )
 
 
-def _planar_op(x: Tensor, values: list[Tensor], names: list[str], bias: Tensor | None, text: str) -> Tensor:
-    spec, tensors = _spec(text), dict(zip(names, values, strict=True))
+def _planar_op(x: Tensor, values: list[Tensor], names: list[str], bias: Tensor | None, *numbers: Any) -> Tensor:
+    spec, tensors = _spec(*numbers), dict(zip(names, values, strict=True))
     if x.is_cuda:
         return planar_matmul(x.contiguous(), spec, tensors, bias)
     return matmul_reference(x, spec, salient_from_planar(spec, tensors), bias)
 
 
-def _fake_op(x: Tensor, values: list[Tensor], names: list[str], bias: Tensor | None, text: str) -> Tensor:
-    return x.new_empty(x.shape[0], _spec(text).out_features)
+def _fake_op(x: Tensor, values: list[Tensor], names: list[str], bias: Tensor | None, *numbers: Any) -> Tensor:
+    return x.new_empty(x.shape[0], numbers[0])
 
 
 _LIBRARY = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "sign_salient_planar_matmul(Tensor x, Tensor[] tensors, str[] names, Tensor? bias, str spec) -> Tensor"
+    "sign_salient_planar_matmul(Tensor x, Tensor[] tensors, str[] names, Tensor? bias, int out_features, "
+    "int in_features, bool row_means, bool column_scales, int n_salient, int group_size, int bits, bool symmetric) "
+    "-> Tensor"
 )
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("sign_salient_planar_matmul", _planar_op, _device)  # type: ignore[no-untyped-call]

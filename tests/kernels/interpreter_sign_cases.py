@@ -179,7 +179,7 @@ def salient_bound(weight, x):
         {"n_binary": 70},
         {"n_binary": 40, "row_means": True, "column_scales": True},
         {"n_binary": 100, "salient_bits": (4, 4, 4), "salient_group": 16},
-        {"n_binary": 2100, "salient_bits": (4,), "salient_group": 192, "row_means": True, "column_scales": True},
+        {"n_binary": 1100, "salient_bits": (4,), "salient_group": 192, "row_means": True, "column_scales": True},
         {"n_binary": 33, "salient_bits": (8, 8), "salient_group": 32, "row_means": True},
         {"n_binary": 64, "salient_bits": (2,) * 3, "salient_group": 48, "column_scales": True},
     ],

@@ -154,13 +154,17 @@ def test_bad_activations_are_refused(weight: Weight) -> None:
     "weight",
     [
         random_sign_factors(0, 40, 48, (16, 8)),
-        random_sign_salient(0, 40, 37, row_means=True, salient_bits=(4,), salient_group=11),
+        random_sign_salient(0, 40, 32, row_means=True, salient_bits=(4,), salient_group=16),
     ],
     ids=lambda weight: type(weight).__name__,
 )
-def test_torch_compile_sees_one_graph(weight: Weight) -> None:
+@pytest.mark.parametrize("planar", [False, True])
+def test_torch_compile_sees_one_graph(weight: Weight, planar: bool) -> None:
     """Fake tensors suffice: no value decides a shape."""
     spec, tensors = weight.spec(), storage.pack(weight)
+    if planar:
+        tensors = kernel_of(spec).to_planar(spec, tensors)
+        assert kernel_of(spec).is_planar(spec)
     matmul = kernel_of(spec).matmul
     compiled = torch.compile(lambda x: matmul(x, spec, tensors, None), backend="eager", fullgraph=True)
     x = activations(3, 2, spec.in_features)
