@@ -76,6 +76,7 @@ _BOA_SETTINGS = (
     "joint_rows",
     "late_grids",
 )
+_RESTORE_SETTINGS = ("restore_steps", "restore_rank", "restore_lr")
 _PTQ161_SETTINGS = (
     "salient_bits",
     "salience",
@@ -147,6 +148,9 @@ class Recipe:
     vision_bits: int | None = field(
         default=None, metadata={"help": "also round vision tower and projector: 8 or 4; none: they stay in 16 bits"}
     )
+    restore_steps: int = field(default=100, metadata={"help": "transform=restore: tuning steps, two sequences each"})
+    restore_rank: int = field(default=64, metadata={"help": "transform=restore: rank of the adapters"})
+    restore_lr: float = field(default=1e-4, metadata={"help": "transform=restore: highest learning rate"})
     salient_bits: int = field(default=4, metadata={"help": "ptq161: width of the salient channels' codes, 2 to 8"})
     salience: str = field(
         default="hessian", metadata={"help": "ptq161: salient channels by hessian, rms or absmax (paper)"}
@@ -254,6 +258,7 @@ class Recipe:
             raise RequestError("allocator=sba with symmetric grids is not supported: its 1-bit groups need a free zero")
         if self.allocator == "sba" and self.group_size is None:
             raise RequestError("allocator=sba needs groups: its unit is a group of columns; use --group-size 128")
+        self._check_restore()
         if self.rotate_values and self.transform != "hadamard":
             raise RequestError("rotate_values is a part of transform=hadamard; set both")
         if self.act_order != "none" and self.solver == "rtn":
@@ -307,11 +312,19 @@ class Recipe:
             return
         self._refuse_changed(_BOA_SETTINGS, "is a setting of solver=boa; use --method boa")
 
+    def _check_restore(self) -> None:
+        if self.transform != "restore":
+            self._refuse_changed(_RESTORE_SETTINGS, "is a setting of transform=restore; set both")
+            return
+        for name in ("restore_steps", "restore_rank"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 < self.restore_lr <= 1:
+            raise RequestError(f"restore_lr is a learning rate above 0, at most 1, not {self.restore_lr:g}")
+
     def _check_ptq161(self) -> None:
         if self.solver != "ptq161":
-            for item in fields(self):
-                if item.name in _PTQ161_SETTINGS and getattr(self, item.name) != item.default:
-                    raise RequestError(f"{item.name} is a setting of solver=ptq161; use --method ptq161")
+            self._refuse_changed(_PTQ161_SETTINGS, "is a setting of solver=ptq161; use --method ptq161")
             return
         if not 2 <= self.salient_bits <= 8:
             raise RequestError(f"salient_bits is a width of 2 to 8 bits, not {self.salient_bits}")
@@ -434,9 +447,16 @@ class Recipe:
         scores = self.allocator not in ("uniform", "zd", "random")  # these need no activations
         if self.stores_signs:
             return self.refine != "none"
+        if self.transform == "restore":
+            return True
         return (
             self.solver != "rtn" or self.refine_rounds > 0 or scores or self.grid_name == "hessian" or self.factorizes
         )
+
+    def without_transform(self) -> Recipe:
+        """Of the first pass of ``transform=restore``."""
+        defaults: dict[str, Any] = {item.name: item.default for item in fields(self) if item.name in _RESTORE_SETTINGS}
+        return replace(self, transform="none", **defaults)
 
     @property
     def follows_float_model(self) -> bool:

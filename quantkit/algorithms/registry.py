@@ -104,6 +104,7 @@ METHODS: dict[str, Method] = {
 TRANSFORMS: dict[str, str] = {
     "none": "the weights as they are",
     "hadamard": "the residual stream rotated by a randomized Hadamard matrix, folded into the weights (QuaRot)",
+    "restore": "a short low-rank tuning, from a first quantization, towards weights that lose less (PTQ1.61)",
 }
 
 ALLOCATORS: dict[str, str] = {

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +36,7 @@ from quantkit.pipeline.prepare import (
     sequence_length,
 )
 from quantkit.pipeline.request import Listener, QuantizeRequest, QuantizeResult
+from quantkit.pipeline.restore import restore
 from quantkit.pipeline.team import size as team_size
 from quantkit.pipeline.train import follow, train, training_set
 from quantkit.pipeline.walk import Walk, module_report
@@ -116,6 +118,24 @@ def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeR
         resumed = len(journal.finished)
         outside = outside_matrices(skeleton, request.recipe)
         entries = quantize_outside(outside, skeleton, journal.folder)
+        if request.recipe.transform == "restore":
+            plain = replace(request, recipe=request.recipe.without_transform())
+
+            def first_pass(first: Journal) -> None:
+                Walk(plain, skeleton, calibration, first, listener, device, dtype, outside).run()
+
+            if not isinstance(calibration, Calibration):
+                raise RequestError("transform=restore tunes on text; give --calib text, or leave it out with pictures")
+            skeleton.transform = restore(
+                skeleton,
+                calibration.input_ids,
+                request.recipe,
+                request.seed,
+                journal.folder,
+                device,
+                first_pass,
+                listener.note,
+            )
         walk = Walk(request, skeleton, calibration, journal, listener, device, dtype, outside)
         walk.run()
         if text is not None:

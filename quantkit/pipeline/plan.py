@@ -111,6 +111,11 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
     transform = skeleton.transform
     scratch = quantized + sum(matrix.spec.n_bytes for matrix in matrices)
     scratch += sum(ref.n_bytes for ref in transform.outside) if transform else 0
+    restored = recipe.transform == "restore"
+    if restored:
+        scratch += quantized + sum(
+            skeleton.tensors[skeleton.source_name(f"{item.name}.weight")].n_bytes for item in linears
+        )
     return Plan(
         modules=modules,
         skipped=tuple(item for block in skeleton.blocks for item in block.skipped) + tuple(outside),
@@ -121,7 +126,11 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
         outside=tuple((matrix.name, matrix.spec) for matrix in matrices),
         account=total,
         original_bytes=sum(ref.n_bytes for ref in skeleton.tensors.values()),
-        peak_memory_bytes=max(_peak_memory(skeleton, request, seq_len), _outside_memory(matrices))
+        peak_memory_bytes=max(
+            _peak_memory(skeleton, request, seq_len),
+            _outside_memory(matrices),
+            _tuning_memory(skeleton, linears, recipe, seq_len) if restored else 0,
+        )
         + (0 if request.offload == "disk" else states),
         scratch_bytes=scratch + (states if request.offload == "disk" else 0),
         seconds=_estimate_seconds(skeleton, request, seq_len, device),
@@ -195,6 +204,14 @@ def _training_bytes(skeleton: Skeleton, seq_len: int) -> int:
     )
 
 
+def _tuning_memory(skeleton: Skeleton, linears: Sequence[Linear], recipe: Recipe, seq_len: int) -> int:
+    """Of transform=restore: the whole model, adapters with gradients and moments, and what a backward needs."""
+    weights = sum(4 * parameter.numel() for parameter in skeleton.model.parameters())
+    features = sum(item.in_features + item.out_features for item in linears)
+    vocabulary: int = skeleton.config.get_text_config(decoder=True).vocab_size
+    return _BASE_BYTES + weights + 4 * features * (4 * recipe.restore_rank + 3 * seq_len) + 12 * seq_len * vocabulary
+
+
 def _n_streams(recipe: Recipe) -> int:
     """Models that run side by side: what aims at the float model needs its block, inputs and hidden states too."""
     return 2 if recipe.follows_float_model else 1
@@ -239,8 +256,12 @@ def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int
     group = request.recipe.group_size or max(linear.in_features for linear in linears)
     search = sum(2.0 * candidates * linear.n_weights * group for linear in linears)
     # A step is a forward and a backward of one block; candidates of signs are tried in the loop, not in a search.
-    train = 6.0 * request.recipe.block_steps * seq_len * sum(linear.n_weights for linear in linears)
-    return (forward + gram + solve + search + rounding + train) / _multiplications_per_second(device)
+    n_weights = sum(linear.n_weights for linear in linears)
+    train = 6.0 * request.recipe.block_steps * seq_len * n_weights
+    once = forward + gram + solve + search + rounding + train
+    if request.recipe.transform == "restore":
+        once = 2 * once + 12.0 * request.recipe.restore_steps * seq_len * n_weights
+    return once / _multiplications_per_second(device)
 
 
 def _multiplications_per_second(device: torch.device) -> float:
