@@ -125,7 +125,7 @@ def evaluate(
     questions = {folder: read_answered(folder, limit) for folder in folders}
     if folders and not sees_images(config):
         raise RequestError(f"{_name_of(model)}: this model takes no pictures, so vqa cannot be measured")
-    if folders and processor is None:
+    if processor is None and (folders or (tasks and sees_images(config) and not isinstance(model, nn.Module))):
         processor = _processor_of(model)
     if tokenizer is None and (sources or tasks):
         tokenizer = _tokenizer_of(model)
@@ -170,7 +170,8 @@ def evaluate(
         )
         for folder, asked in questions.items()
     }
-    scores = evaluate_tasks(loaded, tokenizer, tasks, limit, tasks_path, batch_size=batch_size or 1) if tasks else {}
+    options = {"batch_size": batch_size or 1, "processor": processor}
+    scores = evaluate_tasks(loaded, tokenizer, tasks, limit, tasks_path, **options) if tasks else {}
     return EvalReport(
         model=_name_of(model),
         perplexity=results,

@@ -20,6 +20,7 @@ def evaluate_tasks(
     include_path: str | Path | None = None,
     *,
     batch_size: int = 1,
+    processor: Any = None,
 ) -> dict[str, dict[str, float]]:
     """Run lm-eval tasks without few-shot changes and without bootstrapped errors.
 
@@ -31,6 +32,7 @@ def evaluate_tasks(
         include_path: a folder with task files (YAML) of your own. Where it holds all of `tasks`, lm-eval's own
             thousands are not indexed, which starts faster and needs no network.
         batch_size: requests per forward pass, at least 1.
+        processor: of a vision-language model; with it tasks may show pictures (``doc_to_image``).
 
     Returns:
         For every task, and for every group with an aggregate, its metrics by name, such as ``{"acc": 0.71}``. A metric
@@ -47,7 +49,7 @@ def evaluate_tasks(
         raise FileError(f"{include_path}: no such folder; include_path must hold lm-eval task files (YAML)")
     lm_eval = _import("lm_eval")
     manager = _task_manager(tasks, include_path)
-    wrapped = _import("lm_eval.models.huggingface").HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    wrapped = _wrap(model, tokenizer, processor, batch_size)
     wrapped.get_model_info = dict  # for its log, it would ask the hub for the revision of a model that is here
     try:
         outcome = lm_eval.simple_evaluate(
@@ -65,6 +67,21 @@ def evaluate_tasks(
             "or pass tasks of your own with include_path"
         ) from error
     return {name: _metrics(entry) for name, entry in (outcome["results"] | outcome.get("groups", {})).items()}
+
+
+def _wrap(model: nn.Module, tokenizer: Any, processor: Any, batch_size: int) -> Any:
+    """lm-eval's adapter for a model that is loaded; the multimodal one, where there is a processor, does text too."""
+    if processor is None:
+        adapter = _import("lm_eval.models.huggingface").HFLM
+        return adapter(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+    class Seeing(_import("lm_eval.models.hf_vlms").HFMultimodalLM):  # type: ignore[misc]  # known when it is imported
+        """The base class reads the processor from disk, by the model's name."""
+
+        def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
+            self.processor, self.tokenizer = processor, tokenizer or processor.tokenizer
+
+    return Seeing(pretrained=model, batch_size=batch_size)
 
 
 def _import(module: str) -> Any:

@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 from tiny_models import build, tiny_tokenizer
+from tiny_vision import build_vision, picture_folder, tiny_processor
 
+from quantkit.calib.pictures import encode
 from quantkit.errors import FileError, RequestError
 from quantkit.evaluation import evaluate, evaluate_tasks
 from quantkit.evaluation.tasks import _require_known
@@ -114,3 +116,40 @@ def test_data_that_cannot_be_read(tasks_path: Path, tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").unlink()
     with pytest.raises(FileError, match=r"^tasks tiny_bytes: their data cannot be read \(.*\); connect once"):
         evaluate_tasks(build("llama"), tiny_tokenizer(), ["tiny_bytes"], include_path=tasks_path)
+
+
+def test_tasks_with_pictures(tmp_path: Path) -> None:
+    """lm-eval's multimodal adapter on our model and processor: the greedy continuation is the model's own."""
+    pytest.importorskip("lm_eval")
+    model, processor, pictures = build_vision("llava"), tiny_processor("llava"), picture_folder(tmp_path)
+    inputs = encode(processor, [pictures / "0.png"], ["<s><image>\nq0"])
+    tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    said = processor.tokenizer.decode(tokens, skip_special_tokens=True)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = [{"question": "q0", "picture": str(pictures / "0.png"), "answer": said}]
+    data.append({"question": "q1", "picture": str(pictures / "1.png"), "answer": "nothing that it says"})
+    (tmp_path / "seen.jsonl").write_text("".join(json.dumps(line) + "\n" for line in data))
+    (folder / "pictures.py").write_text(
+        "from PIL import Image\n\n\ndef shown(doc):\n    return [Image.open(doc['picture']).convert('RGB')]\n"
+    )
+    task = {
+        "task": "tiny_pictures",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "seen.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "<s><image>\n{{question}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["never seen"], "max_gen_toks": 3},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    written = yaml.safe_dump(task) + "doc_to_image: !function pictures.shown\n"
+    (folder / "tiny_pictures.yaml").write_text(written)
+    report = evaluate(
+        model, data=(), tasks=["tiny_pictures"], tasks_path=folder, tokenizer=processor.tokenizer, processor=processor
+    )
+    assert report.tasks["tiny_pictures"]["exact_match"] == 0.5

@@ -267,3 +267,20 @@ def test_the_plan_counts_what_the_run_stores(models: Path, pictures: Path, tmp_p
     result = picture_run(source, tmp_path / "out", pictures, settings=["vision_bits=4"])
     assert (plan.output_bytes, plan.bpw) == (result.size_bytes, result.bpw)
     assert {name for name, _ in plan.modules} == {module.name for module in result.modules}
+
+
+def test_luq_scores_what_pictures_do(models: Path, pictures: Path, text: Path, tmp_path: Path) -> None:
+    """With pictures the entropy is that of multimodal activations, and each kind of tokens is reported."""
+    source, events = tiny_vision_model("llava", models), Events()
+    out = picture_run(source, tmp_path / "out", pictures, "luq", n_samples=8, listener=events).output
+    units = read_json(out / "report.json")["allocation"]["units"]
+    for unit in units:
+        assert unit["score"] > 0
+        assert {unit["image_entropy"] > 0, unit["text_entropy"] > 0} == {True}
+    # 8 samples of 4 image tokens fall into at most 32 clusters
+    assert max(unit["image_entropy"] for unit in units) <= 3.4658
+    assert not any("the paper's setting" in note for note in events.notes)
+    events = Events()
+    out = small_run(source, tmp_path / "text", text, "luq", listener=events).output
+    assert "luq: scored on text tokens; the paper's setting is multimodal prompts" in events.notes
+    assert "image_entropy" not in read_json(out / "report.json")["allocation"]["units"][0]
