@@ -205,6 +205,8 @@ def _how_to_resume(progress: RunProgress) -> str:
 
 
 def _show_result(result: QuantizeResult, request: QuantizeRequest) -> None:
+    from quantkit.calib.pictures import holds_pictures
+
     screen = results()
     ratio = result.original_bytes / result.size_bytes
     worst = sorted(result.modules, key=lambda module: -module.relative_error)[:_N_WORST]
@@ -224,6 +226,8 @@ def _show_result(result: QuantizeResult, request: QuantizeRequest) -> None:
     screen.print("", made, "")
     folder, source = shlex.quote(str(result.output)), shlex.quote(request.model)
     data = " --data builtin --limit 20" if request.calib == "builtin" or request.model == "demo" else ""
+    if holds_pictures(request.calib):
+        data = f" --vqa {shlex.quote(request.calib)}"
     for label, value in (
         ("written", folder),
         ("next", f"quantkit eval {folder}{data} --reference {source}"),
