@@ -206,7 +206,7 @@ def _training_bytes(skeleton: Skeleton, seq_len: int) -> int:
 
 def _tuning_memory(skeleton: Skeleton, linears: Sequence[Linear], recipe: Recipe, seq_len: int) -> int:
     """Of transform=restore: the whole model, adapters with gradients and moments, and what a backward needs."""
-    weights = sum(4 * parameter.numel() for parameter in skeleton.model.parameters())
+    weights = sum(4 * int(parameter.numel()) for parameter in skeleton.model.parameters())
     features = sum(item.in_features + item.out_features for item in linears)
     vocabulary: int = skeleton.config.get_text_config(decoder=True).vocab_size
     return _BASE_BYTES + weights + 4 * features * (4 * recipe.restore_rank + 3 * seq_len) + 12 * seq_len * vocabulary
