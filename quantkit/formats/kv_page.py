@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 PAGE = 128  # tokens
-WIDTHS = (2, 4, 8)  # bits of a code; 8 divides no int16 evenly above 8, and 1 bit is of no use without an offset
+WIDTHS = (2, 4, 8)  # bits of a code: fields do not cross words
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import build
 
-from quantkit.calib.datasets import EvalWindows
+from quantkit.calib.datasets import EvalWindows, load_evaluation
 from quantkit.errors import RequestError
 from quantkit.evaluation.kv import check_window, evaluate_kv
+from quantkit.runtime.loading import load, load_tokenizer
 
 
 def windows(n: int = 3, seq_len: int = 120) -> EvalWindows:
@@ -54,3 +56,15 @@ def test_windows_that_are_too_short(seq_len: int, steps: int, message: str) -> N
     with pytest.raises(RequestError, match=message):
         check_window(seq_len, steps)
     check_window(101, 51)
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_a_trained_model(shared: Path) -> None:
+    """Four bits cost next to nothing; two bits by AKVQ-VL less than a quarter of what plain two-bit integers cost."""
+    folder = shared / "models/llama-28m"
+    text = load_evaluation(str(shared / "data/eval_docs.txt"), load_tokenizer(folder), 1024, 2)
+    model = load(folder, dtype="float32")
+    distances = [evaluate_kv(model, text, spec, steps=32).kl_mean for spec in ("akvq-vl:bits=4", "akvq-vl", "int2")]
+    assert distances[0] < 0.01
+    assert distances[0] < distances[1] < distances[2] / 4
