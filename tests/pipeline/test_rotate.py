@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import quantkit
+from quantkit.algorithms.registry import METHODS
 from quantkit.errors import RequestError
 from quantkit.formats.checkpoint import find_tensors, read_tensor, write_tensors
 from quantkit.formats.files import read_json
 from quantkit.models.skeleton import Skeleton
-from quantkit.pipeline import dry_run, run
+from quantkit.pipeline import dry_run, quantize, run
 from quantkit.pipeline.rotate import StreamRotation
 
 HADAMARD = ["transform=hadamard"]
@@ -137,6 +138,21 @@ def test_family(family: str, method: str, options: dict[str, Any], models: Path,
         original = logits(dense_model(source, {}))
         errors = torch.tensor([module.relative_error for module in result.modules])
         assert (logits(packed) - original).norm() / original.norm() < 2 * errors.norm()  # as in test_families
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_with_it(method: str, models: Path, text: Path, tmp_path: Path) -> None:
+    source = tiny_model("llama", models)
+    defaults = METHODS[method].defaults
+    group_size = {} if "group_size" in defaults else {"group_size": 16}
+    tiny = (
+        ["keep_ratio=0.6", "bits=3"] if "keep_ratio" in defaults else [f"bits={defaults.get('bits', 3)}"]
+    )  # low ranks
+    options: dict[str, Any] = {"settings": [*HADAMARD, "rotate_values=true", *tiny]}
+    result = quantize(
+        source, tmp_path / "out", method=method, calib=str(text), n_samples=4, seq_len=32, **options, **group_size
+    )
+    assert_computes_with_its_weights(result.output)
 
 
 @pytest.mark.parametrize("settings", [["allocator=zd", "bits=2.5"], ["allocator=lim", "bits=2.5", "solver=rtn"]])
