@@ -47,6 +47,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("gptq", "grid=minmax", "3 g128", 3.148, 6.213, 89.46, "6.194 (authors)"),
     Figure("gptq", "", "2 per row", 2.030, 8.932, 121.1, "9.474 (GPTQ, searched scales)"),
     Figure("gptq", "transform=hadamard", "2 g128", 2.141, 8.378, 109.72),
+    Figure("gptq", "transform=hadamard, rotate_values=true", "2 g128", 2.141, 8.090, 111.80),
     Figure("refined", "", "2 g128", 2.141, 7.440, None, "8.639 (quick experiment)"),
     Figure("slim", "", "2 g128", 2.169, 12.42, 175.2, "13.65 (authors)"),
     Figure("slim", "", "3 g128", 3.148, 5.961, 82.97, "6.445 (authors)"),
