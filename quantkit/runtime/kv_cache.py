@@ -113,8 +113,8 @@ class QuantizedKvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers i
             output = query.new_empty(batch, n, n_heads, head_dim)
         images = self._image_rows(batch, n)
         for row, sequence in enumerate(self.sequences):
-            own = query[row].float().reshape(heads, -1, n, head_dim) * scaling  # [heads, group, n, head_dim]
-            new = Chunk(handle.keys[row], handle.values[row], own, images[row])
+            own = query[row].reshape(heads, -1, n, head_dim)  # [heads, group, n, head_dim]
+            new = Chunk(handle.keys[row], handle.values[row], own, scaling, images[row])
             visible = None
             if seen is not None and not bool(seen[row].all()):
                 if int(seen[row, :before].sum()) != sequence.length:
@@ -122,7 +122,10 @@ class QuantizedKvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers i
                 visible = seen[row, before:].nonzero().squeeze(1)
             if before:
                 inner = None if mask is None else _boolean(mask)[min(row, len(mask) - 1), 0, :, before:]
-                output[row] = _attend_sequence(sequence, new, inner, visible).to(query.dtype)
+                found = _attend_sequence(sequence, new, inner, visible)
+                if batch == 1:
+                    return found[None].to(query.dtype)
+                output[row] = found
             else:
                 new.store(sequence, visible)
         return output
@@ -180,20 +183,22 @@ class QuantizedKvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers i
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """New tokens of one sequence: keys, values [heads, n, head_dim], scaled queries [heads, group, n, head_dim]."""
+    """New tokens of one sequence: keys, values [heads, n, head_dim], queries [heads, group, n, head_dim]."""
 
     keys: Tensor
     values: Tensor
     query: Tensor
+    scaling: float
     images: list[bool] | None
 
     def store(self, sequence: SequenceCache, visible: Tensor | None) -> None:
         """Append to the cache; of a padded sequence only the tokens at the indices in ``visible``."""
-        if visible is None:
-            sequence.append(self.keys, self.values, self.query, self.images)
-        else:
-            images = None if self.images is None else [self.images[i] for i in visible.tolist()]
-            sequence.append(self.keys[:, visible], self.values[:, visible], self.query[:, :, visible], images)
+        keys, values, query, images = self.keys, self.values, self.query, self.images
+        if visible is not None:
+            keys, values, query = keys[:, visible], values[:, visible], query[:, :, visible]
+            images = None if images is None else [images[i] for i in visible.tolist()]
+        scaled = query.float() * self.scaling if sequence.asks_queries(keys.shape[1]) else None
+        sequence.append(keys, values, scaled, images)
 
 
 def _attend_sequence(sequence: SequenceCache, new: Chunk, mask: Tensor | None, visible: Tensor | None) -> Tensor:
@@ -202,16 +207,16 @@ def _attend_sequence(sequence: SequenceCache, new: Chunk, mask: Tensor | None, v
     if n == 1:
         new.store(sequence, visible)
         rows = new.query.reshape(heads, group, head_dim)
-        part = sequence.attend(rows)
+        part = sequence.attend(rows, new.scaling)
         if visible is None:
-            sequence.probe(rows, part.lse)
+            sequence.probe(rows, new.scaling, part.lse)
         return part.output.reshape(1, heads * group, head_dim)
     if mask is None:
         mask = torch.ones(n, n, dtype=torch.bool, device=new.keys.device).tril()
     tiles = []
     for first in range(0, n, _QUERY_TILE):
         here = slice(first, min(n, first + _QUERY_TILE))
-        rows = new.query[:, :, here].reshape(heads, -1, head_dim)
+        rows = new.query[:, :, here].float().reshape(heads, -1, head_dim) * new.scaling
         parts: list[Part] = [attend(rows, new.keys, new.values, mask[here].repeat(group, 1))]
         if sequence.length:
             parts.append(sequence.attend(rows))

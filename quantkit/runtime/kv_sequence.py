@@ -118,6 +118,11 @@ class SequenceCache:
 
     # ---- new tokens
 
+    def asks_queries(self, n: int) -> bool:
+        """Whether `append` has a use for the queries of n new tokens."""
+        salience = self.policy.salience
+        return (salience == "pivots" and self.transform is None) or (salience == "probes" and n > 1)
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def append(
@@ -131,8 +136,7 @@ class SequenceCache:
                 tokens; None where nobody knows them, then the first tokens count as salient.
             images: whether each token is of an image; None: none is.
         """
-        dtype = self.floats.keys.dtype
-        new = Tokens(keys.to(dtype), values.to(dtype), list(range(self.length, self.length + keys.shape[1])))
+        new = Tokens(keys, values, list(range(self.length, self.length + keys.shape[1])))
         self.length += len(new)
         self._watch(new, query, images)
         n_out = 0
@@ -141,8 +145,10 @@ class SequenceCache:
             n_out = max(0, (self.n_recent + len(new) - self.policy.window) // unit * unit)
         if n_out == 0:
             self.floats.append(new.keys, new.values, new.positions)
-            self._lengths[0] += len(new)
+            self._lengths[:1].add_(len(new))
         else:
+            dtype = self.floats.keys.dtype
+            new = Tokens(keys.to(dtype), values.to(dtype), new.positions)  # rounded before anything is derived
             held = Tokens(*self.floats.dense(), self.floats.positions)
             first = self.floats.count - self.n_recent
             self._retire(held.part(0, first), join((held.part(first), new)), n_out)
@@ -203,14 +209,15 @@ class SequenceCache:
         salience = self.policy.salience
         if salience == "text":
             self._images += images or [False] * len(new)
-        if salience == "pivots" and query is not None and self.transform is None:
+        asked = query if self.asks_queries(len(new)) else None
+        if salience == "pivots" and asked is not None:
             seen = sum(part.shape[2] for part in self._first_queries)
-            self._first_queries.append(query[:, :, : self.policy.window + self.policy.unit - seen].clone())
+            self._first_queries.append(asked[:, :, : self.policy.window + self.policy.unit - seen].clone())
         if salience == "probes":
             scores = torch.zeros(2, len(new), device=self._scores.device)
-            if query is not None and len(new) > 1:
+            if asked is not None:
                 probes = probe_positions(len(new))
-                scores = torch.stack(probe_scores(query[:, :, probes.to(query.device)], new.keys, probes))
+                scores = torch.stack(probe_scores(asked[:, :, probes.to(asked.device)], new.keys, probes))
             self._scores = torch.cat((self._scores, scores), 1)
 
     def _classify(self, leaving: Tokens) -> Tensor:
@@ -243,12 +250,17 @@ class SequenceCache:
 
     # ---- attention
 
-    def attend(self, query: Tensor) -> Part:
-        """Attention of queries that see every token of the cache, on the original basis."""
+    def attend(self, query: Tensor, scaling: float = 1.0) -> Part:
+        """Attention of queries that see every token of the cache, on the original basis.
+
+        query is of any float dtype [heads, m, head_dim], times `scaling`. The kernels' output is of the same dtype, the
+        torch twin's float32.
+        """
         coded = [segment for segment in self.segments if segment.count]
         packed = [segment for segment in coded if isinstance(segment, PackedSegment)]
         if len(packed) == len(coded) and supports(query, [segment.spec for segment in packed]):
-            return self._decode(query)
+            return self._decode(query, scaling)
+        query = query.float() * scaling
         parts = [self.floats.attend(query)] if self.floats.count else []
         if coded:
             assert self.transform is not None
@@ -259,7 +271,7 @@ class SequenceCache:
             )
         return merge(parts)
 
-    def _decode(self, query: Tensor) -> Part:
+    def _decode(self, query: Tensor, scaling: float) -> Part:
         """`attend` by the kernels."""
         transform = self.transform
         assert transform is not None
@@ -269,15 +281,16 @@ class SequenceCache:
             if isinstance(segment, PackedSegment) and segment.count
         ]
         basis = Basis(transform.rotate_keys, transform.rotate_values, transform.key_mean, transform.value_scale)
-        return decode(query.contiguous(), 1.0, pages, (self.floats.keys, self.floats.values), self._lengths, basis)
+        floats = (self.floats.keys, self.floats.values)
+        return decode(query.contiguous(), scaling, pages, floats, self._lengths, basis, dtype=query.dtype)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def probe(self, query: Tensor, lse: Tensor) -> None:
+    def probe(self, query: Tensor, scaling: float, lse: Tensor) -> None:
         """Credit recent tokens with the attention of the newest token's query; lse [heads, m] is over all tokens."""
         if self.policy.salience == "probes" and self.length % PROBE_EVERY == 0:
             recent = self.floats.dense()[0][:, self.floats.count - self.n_recent :]
-            scores = query @ recent.float().transpose(-1, -2)
+            scores = (query.float() * scaling) @ recent.float().transpose(-1, -2)
             self._scores[0] += (scores - lse[..., None]).exp().sum((0, 1))
             self._scores[1] += scores.shape[0] * scores.shape[1]
 

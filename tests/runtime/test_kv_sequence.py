@@ -282,7 +282,7 @@ def test_tokens_of_the_decode_are_judged_by_the_attention_they_get() -> None:
         here = slice(position, position + 1)
         sequence.append(keys[:, here], values[:, here], query[:, :, here])
         rows = query[:, :, position].contiguous()
-        sequence.probe(rows, sequence.attend(rows).lse)
+        sequence.probe(rows, 1.0, sequence.attend(rows).lse)
     assert {100, 205} <= set(sequence.segments[0].positions)
 
 
