@@ -9,6 +9,7 @@ Distance   KL(reference || model) in nats, mean over the tokens of all true answ
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -200,5 +201,6 @@ def _inputs(processor: Any, batch: Sequence[Question], texts: list[str]) -> dict
 def _last_logits(model: Any, inputs: dict[str, Tensor], keep: int) -> Tensor:
     """Logits ``[batch, keep, vocabulary]`` of the last positions."""
     known = for_forward(model, inputs, model.device, model.dtype)
-    logits: Tensor = model(**known, use_cache=False).logits
+    some = "logits_to_keep" in inspect.signature(model.forward).parameters  # all of a long prompt can be gigabytes
+    logits: Tensor = model(**known, use_cache=False, **({"logits_to_keep": keep} if some else {})).logits
     return logits[:, -keep:]

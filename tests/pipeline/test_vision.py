@@ -34,7 +34,9 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 import quantkit
 from quantkit.calib.pictures import Prompt, encode
 from quantkit.errors import FileError, RequestError
+from quantkit.formats.checkpoint import open_folder
 from quantkit.formats.files import read_json
+from quantkit.formats.storage import unpack
 from quantkit.models.skeleton import Skeleton
 from quantkit.pipeline.modality import modality_errors, probes, token_weights
 from quantkit.recipe import resolve
@@ -284,3 +286,22 @@ def test_luq_scores_what_pictures_do(models: Path, pictures: Path, text: Path, t
     out = small_run(source, tmp_path / "text", text, "luq", listener=events).output
     assert "luq: scored on text tokens; the paper's setting is multimodal prompts" in events.notes
     assert "image_entropy" not in read_json(out / "report.json")["allocation"]["units"][0]
+
+
+@pytest.mark.parametrize("method", ["slim", "turboboa", "refined", "ptq161"])
+def test_other_methods_see_pictures_too(method: str, models: Path, pictures: Path, tmp_path: Path) -> None:
+    """Samples of different lengths, and masks that the processor brings along, are nothing special to them."""
+    options: dict[str, Any] = {"group_size": None, "bits": None} if method == "ptq161" else {"bits": 2}
+    settings = ["block_steps=2"] if method == "ptq161" else []
+    source = tiny_vision_model("llava", models)
+    out = picture_run(source, tmp_path / "out", pictures, method, settings=settings, **options).output
+    assert len(read_json(out / "report.json")["blocks"]) == 2
+    inputs = picture_inputs("llava", pictures)
+    weights = {name: stored.dequantize() for name, stored in _weights_of_any_format(out).items()}
+    packed, dense = quantkit.load(out, dtype="float32"), dense_model(source, weights, AutoModelForImageTextToText)
+    torch.testing.assert_close(answers(packed, inputs), answers(dense, inputs), rtol=0, atol=2e-4)
+
+
+def _weights_of_any_format(folder: Path) -> dict[str, Any]:
+    checkpoint = open_folder(folder)
+    return {name: unpack(module.spec, checkpoint.read_module(name)) for name, module in checkpoint.modules.items()}
