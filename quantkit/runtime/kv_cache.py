@@ -29,7 +29,7 @@ from quantkit.kernels.kv_attention import Part, attend, merge
 from quantkit.runtime.kv_sequence import SequenceCache
 
 ATTENTION = "quantkit_kv"
-_QUERY_TILE = 128  # queries of a chunk that attend to the history together: bounds the scratch
+_QUERY_TILE = 512  # queries of a chunk that attend to the history together: bounds the scratch
 # Models that change keys or values between the cache and the attention function, or read them there.
 _TOUCHES_KEYS = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "diffllama", "doge", "glm_moe_dsa", "glm4_moe_lite", "idefics",

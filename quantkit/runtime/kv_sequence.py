@@ -64,7 +64,7 @@ class SequenceCache:
         self.policy = policy
         self.length = 0  # tokens that were appended and not truncated
         self.transform: Transform | None = None
-        room = policy.pinned + policy.window + policy.unit + len(policy.bits) * (policy.key_group - 1)
+        room = 2 * policy.pinned + policy.window + policy.unit + len(policy.bits) * (policy.key_group - 1)
         self.floats = FloatSegment.empty(heads, head_dim, room if policy.bits else 0, dtype, device)
         self.n_pinned = 0
         self.n_waiting = [0] * len(policy.bits)
@@ -197,7 +197,7 @@ class SequenceCache:
         """Fix what is derived from the first tokens."""
         self.transform = fit_transform(self.policy, first.keys, first.values)
         if self._first_queries:
-            mean = torch.cat(self._first_queries, 2)[:, :, : len(first)].mean(2)
+            mean = torch.cat(self._first_queries, 2)[:, :, : len(first)].mean(2).half()
             self._mean_query, self._first_queries = mean, []
             best = pivot_scores(first.keys, mean).topk(min(self.policy.pinned, len(first))).values
             self._bars = (float(best[-1]), float(best.mean()))

@@ -63,6 +63,6 @@ def akvq_vl(settings: AkvqSettings, name: str = "akvq-vl", text_salient: bool = 
 def pivot_scores(keys: Tensor, mean_query: Tensor) -> Tensor:
     """How much the mean query looks at each key: float32 [n], of keys [heads, n, head_dim].
 
-    mean_query is float32 [heads, group, head_dim], scaled. In logarithms, over all query heads.
+    mean_query is [heads, group, head_dim] of any float dtype, scaled. In logarithms, over all query heads.
     """
-    return torch.einsum("hgd,hnd->hgn", mean_query, keys.float()).flatten(0, 1).logsumexp(0)
+    return torch.einsum("hgd,hnd->hgn", mean_query.float(), keys.float()).flatten(0, 1).logsumexp(0)

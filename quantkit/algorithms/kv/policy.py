@@ -44,7 +44,7 @@ class KvPolicy:
     channel_scales: bool = False  # values: c = sqrt(max_t |v|) of each channel
     window: int = 32  # tokens that are always in 16 bits
     unit: int = 32  # tokens that leave the window together
-    pinned: int = 0  # tokens of a sequence that stay in 16 bits, at most
+    pinned: int = 0  # tokens among the first that stay in 16 bits; at most twice as many of a whole sequence
     # What chooses pinned tokens (pivots: keys that the mean query looks at) or the first class (probes: tokens with the
     # most attention; text: those that are not of an image)
     salience: Salience = "none"
