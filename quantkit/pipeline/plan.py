@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from quantkit.algorithms.ptq161 import n_salient
 from quantkit.errors import FileError, QuantkitError, RequestError
 from quantkit.formats.accounting import QUANTIZED, Account, kind_of
 from quantkit.formats.grouped_int import GroupedIntSpec
@@ -255,6 +256,8 @@ def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int
     candidates = 135 if request.recipe.grid_name == "hessian" else 40
     group = request.recipe.group_size or max(linear.in_features for linear in linears)
     search = sum(2.0 * candidates * linear.n_weights * group for linear in linears)
+    if request.recipe.solver == "ptq161":
+        search = sum(_sign_multiplications(linear, request.recipe, candidates) for linear in linears)
     # A step is a forward and a backward of one block; candidates of signs are tried in the loop, not in a search.
     n_weights = sum(linear.n_weights for linear in linears)
     train = 6.0 * request.recipe.block_steps * seq_len * n_weights
@@ -262,6 +265,13 @@ def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int
     if request.recipe.transform == "restore":
         once = 2 * once + 12.0 * request.recipe.restore_steps * seq_len * n_weights
     return once / _multiplications_per_second(device)
+
+
+def _sign_multiplications(linear: Linear, recipe: Recipe, candidates: int) -> float:
+    """Grids of salient channels; signs under eight scales; and per round four products with the Hessian."""
+    k = n_salient(linear.in_features, recipe.bits, recipe.salient_bits)
+    products = (8 if recipe.compensate else 0) + 4 * recipe.refine_rounds
+    return 2.0 * linear.out_features * (candidates * k**2 + products * linear.in_features**2)
 
 
 def _multiplications_per_second(device: torch.device) -> float:
