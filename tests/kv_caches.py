@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.algorithms.kv.registry import parse_kv_spec
-from quantkit.kernels.kv_decode import Basis, Pages
+from quantkit.kernels.kv_decode import PackedCache
 from quantkit.runtime.kv_sequence import SequenceCache
 
 
@@ -18,10 +18,7 @@ class Case:
 
     query: Tensor
     scaling: float
-    segments: list[Pages]
-    floats: tuple[Tensor, Tensor]
-    lengths: Tensor
-    basis: Basis
+    cache: PackedCache
     sequence: SequenceCache
 
 
@@ -38,20 +35,7 @@ def filled(
     everyone = torch.randn(heads, group, n, head_dim, generator=generator) / 8
     sequence = SequenceCache(parse_kv_spec(spec).layer_policy(0), heads, head_dim, torch.float16, torch.device(device))
     sequence.append(keys.to(device), values.to(device), everyone.to(device))
-    entries = [(index, segment) for index, segment in enumerate(sequence.segments) if segment.count]
-    transform = sequence.transform
-    assert transform is not None
-    return Case(
-        query=query.to(device),
-        scaling=head_dim**-0.5,
-        segments=[Pages(segment.spec, segment.tensors, 1 + index) for index, segment in entries],
-        floats=(sequence.floats.keys, sequence.floats.values),
-        lengths=torch.tensor(
-            [sequence.floats.count, *(segment.count for segment in sequence.segments)], dtype=torch.int32, device=device
-        ),
-        basis=Basis(transform.rotate_keys, transform.rotate_values, transform.key_mean, transform.value_scale),
-        sequence=sequence,
-    )
+    return Case(query=query.to(device), scaling=head_dim**-0.5, cache=sequence.packed(), sequence=sequence)
 
 
 def reference(case: Case) -> tuple[Tensor, Tensor]:

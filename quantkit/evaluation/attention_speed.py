@@ -18,8 +18,7 @@ from torch import Tensor
 
 from quantkit.algorithms.kv.registry import parse_kv_spec
 from quantkit.errors import RequestError
-from quantkit.kernels.kv_decode import Basis, DecodeConfig, Pages, choose_config, decode
-from quantkit.runtime.kv_segment import PackedSegment
+from quantkit.kernels.kv_decode import DecodeConfig, choose_config, decode
 from quantkit.runtime.kv_sequence import SequenceCache
 
 HEADS, HEAD_DIM = 8, 128
@@ -120,18 +119,9 @@ def quantized(
 
 
 def _call(sequence: SequenceCache, query: Tensor, config: DecodeConfig | None) -> Call:
-    transform = sequence.transform
-    assert transform is not None
-    pages = [
-        Pages(segment.spec, segment.tensors, 1 + index)
-        for index, segment in enumerate(sequence.segments)
-        if isinstance(segment, PackedSegment) and segment.count
-    ]
-    basis = Basis(transform.rotate_keys, transform.rotate_values, transform.key_mean, transform.value_scale)
-    configs = [config or choose_config(each.spec, each.tensors["key_words"].shape[1]) for each in pages]
-    floats = (sequence.floats.keys, sequence.floats.values)
-    lengths = sequence._lengths
-    return lambda: decode(query, HEAD_DIM**-0.5, pages, floats, lengths, basis, configs, torch.bfloat16).output
+    cache = sequence.packed()
+    configs = [config or choose_config(each.spec, each.tensors["key_words"].shape[1]) for each in cache.pages]
+    return lambda: decode(query, HEAD_DIM**-0.5, cache, configs, torch.bfloat16).output
 
 
 def _dense(sequence: SequenceCache, query: Tensor) -> Tensor:

@@ -36,14 +36,23 @@ class Pages:
     entry: int
 
 
-@dataclass(frozen=True, slots=True)
-class Basis:
-    """The basis of the pages: see algorithms/kv/policy.py. Vectors float16 [heads, 1, head_dim] or None."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedCache:
+    """Everything that one step of one sequence reads; vectors float16 [heads, 1, head_dim] or None.
 
-    rotate_keys: bool = False
-    rotate_values: bool = False
-    key_mean: Tensor | None = None
-    value_scale: Tensor | None = None
+    pages: at least one segment, with pages for at least its number of tokens.
+    floats: keys and values in float16 [heads, capacity, head_dim], on the original basis, contiguous.
+    lengths: int32, the number of tokens in `floats`, then those of the segments at their entries; not all 0.
+    The others are the basis of the pages: see algorithms/kv/policy.py.
+    """
+
+    pages: Sequence[Pages]
+    floats: tuple[Tensor, Tensor]
+    lengths: Tensor
+    rotate_keys: bool
+    rotate_values: bool
+    key_mean: Tensor | None
+    value_scale: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,10 +93,7 @@ Launch = tuple[str, tuple[int, ...], dict[str, Any]]  # the kernel's name, grid,
 def decode_launches(
     query: Tensor,
     scaling: float,
-    segments: Sequence[Pages],
-    floats: tuple[Tensor, Tensor],
-    lengths: Tensor,
-    basis: Basis,
+    cache: PackedCache,
     result: Tensor,
     lse: Tensor,
     configs: Sequence[DecodeConfig],
@@ -97,10 +103,7 @@ def decode_launches(
     Args:
         query: [heads, n_queries, head_dim], n_queries at most 16, original basis, contiguous.
         scaling: of the scores.
-        segments: at least one; pages that hold at least their number of tokens.
-        floats: keys and values in float16 [heads, capacity, head_dim], original basis, contiguous.
-        lengths: int32: the number of tokens in `floats`, then those of the segments at their entries; not all 0.
-        basis: of the pages.
+        cache: what is attended to.
         result: [heads, n_queries, head_dim], any float dtype, written.
         lse: float32 [heads, n_queries], written.
         configs: of each segment.
@@ -108,95 +111,93 @@ def decode_launches(
     heads, n_queries, d = query.shape
     columns = 8 if n_queries <= 8 else 16
     n_slots = sum(config.splits for config in configs) + 1
-    outputs = query.new_empty((heads, n_slots, d, columns), dtype=torch.float32)
-    tops, totals = query.new_empty((2, heads, n_slots, columns), dtype=torch.float32)
-    absent = lse  # stands for tensors that the kernel is told not to read
-    launches: list[Launch] = []
-    first_slot = 0
-    for index, (pages, config) in enumerate(zip(segments, configs, strict=True)):
-        spec, tensors = pages.spec, pages.tensors
-        last = index == len(segments) - 1  # brings the tokens in 16 bits along: their slot is the last one
-        arguments: dict[str, Any] = {
-            "query": query,
-            "scaling": scaling * _LOG2_E,
-            "mean": absent if basis.key_mean is None else basis.key_mean,
-            "channel_scales": absent if basis.value_scale is None else basis.value_scale,
-            "float_keys": floats[0],
-            "float_values": floats[1],
-            "lengths": lengths,
-            "outputs": outputs,
-            "tops": tops,
-            "totals": totals,
-            "n_queries": n_queries,
-            "segment": pages.entry,
-            "first_slot": first_slot,
-            "n_slots": n_slots,
-            "splits": config.splits,
-            "word_stride": tensors["key_words"].stride(0),
-            "key_scale_stride": _head_stride(tensors["key_scales"]),
-            "value_scale_stride": _head_stride(tensors["value_scales"]),
-            "float_stride": floats[0].stride(0),
-            "D": d,
-            "BITS": spec.bits,
-            "COLUMNS": columns,
-            "ROTATE_KEYS": basis.rotate_keys,
-            "ROTATE_VALUES": basis.rotate_values,
-            "MEAN": basis.key_mean is not None,
-            "CHANNEL_SCALES": basis.value_scale is not None,
-            "TILE": 32,
-            "num_warps": config.warps,
-            "num_stages": config.stages,
-        }
-        for which, grid in (("key", spec.keys), ("value", spec.values)):
-            arguments[f"{which}_words"] = tensors[f"{which}_words"]
-            arguments[f"{which}_scales"] = tensors[f"{which}_scales"]
-            arguments[f"{which}_offsets"] = tensors.get(f"{which}_offsets", absent)
-            arguments[f"{which.upper()}_OFFSETS"] = grid.offsets
-        launches.append(("decode_kernel", (config.splits + last, heads), arguments))
-        first_slot += config.splits
-    finish = basis.rotate_values or basis.value_scale is not None
-    merged = torch.empty_like(result, dtype=torch.float32) if finish else result
-    shape = {"D": d, "COLUMNS": columns}
-    slots = 1 << max(1, (n_slots - 1).bit_length())
-    merge = {"outputs": outputs, "tops": tops, "totals": totals, "result": merged, "lse": lse, "n_queries": n_queries}
-    merge |= {
+    split = {
+        "outputs": query.new_empty((heads, n_slots, d, columns), dtype=torch.float32),
+        "tops": query.new_empty((heads, n_slots, columns), dtype=torch.float32),
+        "totals": query.new_empty((heads, n_slots, columns), dtype=torch.float32),
+        "n_queries": n_queries,
         "n_slots": n_slots,
-        "SLOTS": slots,
-        "CHUNK": max(4, min(16, _MERGE_TILE // (slots * columns))),
-        "num_warps": 4,
-    } | shape
-    launches.append(("merge_kernel", (heads, d // merge["CHUNK"]), merge))
+        "D": d,
+        "COLUMNS": columns,
+    }
+    launches = _decode_launches(query, scaling, cache, lse, configs, split)
+    finish = cache.rotate_values or cache.value_scale is not None
+    merged = torch.empty_like(result, dtype=torch.float32) if finish else result
+    slots = 1 << max(1, (n_slots - 1).bit_length())
+    chunk = max(4, min(16, _MERGE_TILE // (slots * columns)))
+    merge = split | {"result": merged, "lse": lse, "SLOTS": slots, "CHUNK": chunk, "num_warps": 4}
+    launches.append(("merge_kernel", (heads, d // chunk), merge))
     if finish:
-        scales = absent if basis.value_scale is None else basis.value_scale
-        back = {"merged": merged, "channel_scales": scales, "result": result, "n_queries": n_queries} | shape
-        back |= {"ROTATE": basis.rotate_values, "CHANNEL_SCALES": basis.value_scale is not None, "num_warps": 1}
+        back = {"merged": merged, "result": result, "n_queries": n_queries, "D": d, "COLUMNS": columns, "num_warps": 1}
+        back["channel_scales"] = lse if cache.value_scale is None else cache.value_scale
+        back |= {"ROTATE": cache.rotate_values, "CHANNEL_SCALES": cache.value_scale is not None}
         launches.append(("finish_kernel", (heads,), back))
     return launches
 
 
-def _head_stride(scales: Tensor) -> int:
-    return 0 if scales.shape[0] == 1 else scales.stride(0)
+def _decode_launches(
+    query: Tensor,
+    scaling: float,
+    cache: PackedCache,
+    absent: Tensor,  # stands for tensors that the kernel is told not to read
+    configs: Sequence[DecodeConfig],
+    split: dict[str, Any],
+) -> list[Launch]:
+    launches: list[Launch] = []
+    first_slot = 0
+    common = split | {
+        "query": query,
+        "scaling": scaling * _LOG2_E,
+        "mean": absent if cache.key_mean is None else cache.key_mean,
+        "channel_scales": absent if cache.value_scale is None else cache.value_scale,
+        "float_keys": cache.floats[0],
+        "float_values": cache.floats[1],
+        "float_stride": cache.floats[0].stride(0),
+        "lengths": cache.lengths,
+        "ROTATE_KEYS": cache.rotate_keys,
+        "ROTATE_VALUES": cache.rotate_values,
+        "MEAN": cache.key_mean is not None,
+        "CHANNEL_SCALES": cache.value_scale is not None,
+        "TILE": 32,
+    }
+    for index, (pages, config) in enumerate(zip(cache.pages, configs, strict=True)):
+        last = index == len(configs) - 1  # brings the tokens in 16 bits along: their slot is the last one
+        arguments = common | {
+            "segment": pages.entry,
+            "first_slot": first_slot,
+            "splits": config.splits,
+            "BITS": pages.spec.bits,
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+            "word_stride": pages.tensors["key_words"].stride(0),
+        }
+        for which, grid in (("key", pages.spec.keys), ("value", pages.spec.values)):
+            scales = pages.tensors[f"{which}_scales"]
+            arguments[f"{which}_words"] = pages.tensors[f"{which}_words"]
+            arguments[f"{which}_scales"] = scales
+            arguments[f"{which}_scale_stride"] = 0 if scales.shape[0] == 1 else scales.stride(0)
+            arguments[f"{which}_offsets"] = pages.tensors.get(f"{which}_offsets", absent)
+            arguments[f"{which.upper()}_OFFSETS"] = grid.offsets
+        launches.append(("decode_kernel", (config.splits + last, query.shape[0]), arguments))
+        first_slot += config.splits
+    return launches
 
 
 def decode(
     query: Tensor,
     scaling: float,
-    segments: Sequence[Pages],
-    floats: tuple[Tensor, Tensor],
-    lengths: Tensor,
-    basis: Basis,
+    cache: PackedCache,
     configs: Sequence[DecodeConfig] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Part:
     """Attention over all tokens of a sequence, on a GPU; arguments as `decode_launches`."""
     if configs is None:
-        configs = [choose_config(pages.spec, pages.tensors["key_words"].shape[1]) for pages in segments]
+        configs = [choose_config(pages.spec, pages.tensors["key_words"].shape[1]) for pages in cache.pages]
     result = torch.empty_like(query, dtype=dtype)
     lse = query.new_empty(query.shape[:2], dtype=torch.float32)
     kernels = import_module("quantkit.kernels.kv_attention_triton")
-    launches = decode_launches(query, scaling, segments, floats, lengths, basis, result, lse, configs)
     with torch.cuda.device(query.device):
-        for name, grid, arguments in launches:
+        for name, grid, arguments in decode_launches(query, scaling, cache, result, lse, configs):
             extra = {"ASM": True} if name == "decode_kernel" else {}
             getattr(kernels, name)[grid](**arguments, **extra)
     return Part(result, lse)

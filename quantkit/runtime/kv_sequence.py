@@ -21,7 +21,7 @@ from quantkit.algorithms.kv.policy import FLOAT_BITS, PINNED, KvPolicy, Transfor
 from quantkit.algorithms.kv.zipcache import PROBE_EVERY, most_salient, probe_positions, probe_scores
 from quantkit.formats.kv_page import PageSpec
 from quantkit.kernels.kv_attention import Part, merge
-from quantkit.kernels.kv_decode import Basis, Pages, decode, supports
+from quantkit.kernels.kv_decode import PackedCache, Pages, decode, supports
 from quantkit.runtime.kv_segment import FloatSegment, PackedSegment
 
 
@@ -259,7 +259,7 @@ class SequenceCache:
         coded = [segment for segment in self.segments if segment.count]
         packed = [segment for segment in coded if isinstance(segment, PackedSegment)]
         if len(packed) == len(coded) and supports(query, [segment.spec for segment in packed]):
-            return self._decode(query, scaling)
+            return decode(query.contiguous(), scaling, self.packed(), dtype=query.dtype)
         query = query.float() * scaling
         parts = [self.floats.attend(query)] if self.floats.count else []
         if coded:
@@ -271,8 +271,8 @@ class SequenceCache:
             )
         return merge(parts)
 
-    def _decode(self, query: Tensor, scaling: float) -> Part:
-        """`attend` by the kernels."""
+    def packed(self) -> PackedCache:
+        """What the kernels read: the tensors as they are now; appending may replace them, lengths stay in place."""
         transform = self.transform
         assert transform is not None
         pages = [
@@ -280,9 +280,15 @@ class SequenceCache:
             for index, segment in enumerate(self.segments)
             if isinstance(segment, PackedSegment) and segment.count
         ]
-        basis = Basis(transform.rotate_keys, transform.rotate_values, transform.key_mean, transform.value_scale)
-        floats = (self.floats.keys, self.floats.values)
-        return decode(query.contiguous(), scaling, pages, floats, self._lengths, basis, dtype=query.dtype)
+        return PackedCache(
+            pages=pages,
+            floats=(self.floats.keys, self.floats.values),
+            lengths=self._lengths,
+            rotate_keys=transform.rotate_keys,
+            rotate_values=transform.rotate_values,
+            key_mean=transform.key_mean,
+            value_scale=transform.value_scale,
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()

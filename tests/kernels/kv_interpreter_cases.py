@@ -14,10 +14,8 @@ def run(case, splits: int = 2, n_pages_more: int = 0):
     """The kernels with results and workspace filled with NaN; against attention on decoded tokens in float64."""
     shape = case.query.shape
     result, lse = torch.full(shape, float("nan")), torch.full(shape[:2], float("nan"))
-    configs = [DecodeConfig(splits=splits, warps=1, stages=1)] * len(case.segments)
-    launches = decode_launches(
-        case.query, case.scaling, case.segments, case.floats, case.lengths, case.basis, result, lse, configs
-    )
+    configs = [DecodeConfig(splits=splits, warps=1, stages=1)] * len(case.cache.pages)
+    launches = decode_launches(case.query, case.scaling, case.cache, result, lse, configs)
     launches[0][2]["outputs"].fill_(float("nan"))
     for name, grid, arguments in launches:
         extra = {"ASM": False} if name == "decode_kernel" else {}

@@ -23,10 +23,8 @@ def test_decode(compile_for_sm90, spec):
 
     case = filled(spec, n=600, heads=1, head_dim=128)
     result, lse = torch.zeros(case.query.shape), torch.zeros(case.query.shape[:2])
-    configs = [choose_config(pages.spec, 1024) for pages in case.segments]
-    launches = decode_launches(
-        case.query.half(), 1.0, case.segments, case.floats, case.lengths, case.basis, result, lse, configs
-    )
+    configs = [choose_config(pages.spec, 1024) for pages in case.cache.pages]
+    launches = decode_launches(case.query.half(), 1.0, case.cache, result, lse, configs)
     for name, grid, arguments in launches:
         extra = {"ASM": True} if name == "decode_kernel" else {}
         metadata, sass, resources = compile_for_sm90(getattr(kernels, name), grid, arguments, **extra)
@@ -45,8 +43,8 @@ def test_append(compile_for_sm90, spec, which):
     from quantkit.kernels.kv_append_triton import append_kernel
 
     case = filled(spec, n=200, heads=1, head_dim=128)
-    pages = case.segments[0]
-    options = {"rotate": case.basis.rotate_keys, "mean": None, "channel_scales": None, "clip": 1.0}
+    pages = case.cache.pages[0]
+    options = {"rotate": case.cache.rotate_keys, "mean": None, "channel_scales": None, "clip": 1.0}
     tokens = torch.zeros(1, 32, 128, dtype=torch.float16)
     grid, arguments = append_launch(which, tokens, 128, pages.tensors, pages.spec, **options)
     metadata, _, resources = compile_for_sm90(append_kernel, grid, arguments)

@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def run(case, **options):
-    return decode(case.query, case.scaling, case.segments, case.floats, case.lengths, case.basis, **options)
+    return decode(case.query, case.scaling, case.cache, **options)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -61,9 +61,9 @@ def test_a_graph_replays_at_other_lengths():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         part = run(case)
-    whole = case.lengths.clone()
+    whole = case.cache.lengths.clone()
     for lengths in ([32, 128], [1, 1000], [int(whole[0]), int(whole[1])], [0, 300]):
-        case.lengths.copy_(torch.tensor(lengths))
+        case.cache.lengths.copy_(torch.tensor(lengths))
         graph.replay()
         assert torch.equal(part.output, run(case).output)
         assert part.output.isfinite().all()
