@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import quantkit
 from quantkit.errors import RequestError
-from quantkit.runtime.kv_cache import ATTENTION, KvCache, QuantizedKvLayer
+from quantkit.runtime.kv_cache import ATTENTION, KvCache
+from quantkit.runtime.kv_layer import QuantizedKvLayer
 
 OFF = ["fp16", "akvq-vl:bits=16", "zipcache:high=16,low=16", "kivi:bits=16"]
 ON = ["akvq-vl:window=8", "zipcache:window=8", "kivi:window=8", "int4:window=8"]
@@ -270,7 +271,7 @@ def test_the_model_serves_other_caches_as_before() -> None:
 
 
 def test_scores_that_pages_cannot_give_are_refused() -> None:
-    from quantkit.runtime.kv_cache import attention
+    from quantkit.runtime.kv_layer import attention
 
     layer = quantkit.kv_cache(model("llama"), "int4").layers[0]
     x = torch.randn(1, 2, 5, 16)

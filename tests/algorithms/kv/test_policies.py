@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quantkit.algorithms.kv.akvq_vl import pivot_scores
+from quantkit.algorithms.kv.coding import encode
 from quantkit.algorithms.kv.policy import KvPolicy, fit_transform
 from quantkit.algorithms.kv.registry import KV_METHODS, check_head, parse_kv_spec
 from quantkit.algorithms.kv.zipcache import most_salient, probe_positions, probe_scores
@@ -153,3 +154,23 @@ def test_pivot_scores_follow_the_mean_query() -> None:
     assert int(scores.argmax()) == 7
     by_hand = torch.log(6 * torch.exp(torch.tensor(32.0)))
     assert float(scores[7]) == pytest.approx(float(by_hand), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_centring_and_rotation_pay_where_keys_have_large_offsets(seed: int) -> None:
+    """Three channels with offsets, two bits: the error of attention's output falls with each of the two."""
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, 1, 400, 64, generator=generator)
+    keys[..., [3, 17, 40]] += torch.tensor([12.0, -9.0, 15.0])
+    query = torch.randn(1, 50, 64, generator=generator) / 4
+    errors = []
+    for rotated, centre in ((False, None), (True, None), (True, 4.0)):
+        policy = KvPolicy(name="x", bits=(2,), rotate_keys=rotated, centre=centre)
+        transform = fit_transform(policy, keys[:, :64].half(), values[:, :64].half())
+        coded = encode(transform.keys(keys), 2, GridSpec(group=64))
+        decoded = (coded.codes.float() - 1.5) * coded.scales.float().transpose(1, 2)
+        found = (query @ transform.original_keys(decoded).mT).softmax(-1) @ values
+        expected = (query @ keys.mT).softmax(-1) @ values
+        errors.append(float((found - expected).norm() / expected.norm()))
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < 0.7 * errors[1]
