@@ -175,6 +175,30 @@ def test_kill_while_a_rotated_model_is_written(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("touching", "settings"),
+    [
+        (".block-00001", ["block_steps=3"]),
+        (".first.quantkit/.block-00001", ["transform=restore", "restore_steps=2"]),
+        (".restored", ["transform=restore", "restore_steps=2"]),
+        (".block-00001", ["transform=restore", "restore_steps=2", "block_steps=2"]),
+    ],
+    ids=["scales", "first pass", "tuning", "second pass"],
+)
+def test_kill_after_gradient_steps(
+    touching: str, settings: list[str], models: Path, text: Path, tmp_path: Path, processes: Processes
+) -> None:
+    source = tiny_model("llama", models, seed=1)
+    options = {"method": "ptq161", "bits": 1.6, "group_size": None, "settings": settings}
+    reference = sha256_of(small_run(source, tmp_path / "reference", text, **options).output)
+    output = tmp_path / "here" / "out"
+    output.parent.mkdir()
+    job = {"source": source, "output": output, "text": text, "options": options}
+    assert processes.run(**job, kill_before=0, touching=work_folder(output) / touching)[0] == signal.SIGKILL
+    assert sha256_of(small_run(source, output, text, **options).output) == reference
+
+
+@pytest.mark.slow
 def test_kill_while_a_finished_output_is_replaced(
     models: Path, text: Path, tmp_path: Path, processes: Processes
 ) -> None:
