@@ -41,6 +41,7 @@ _OPTIONAL: dict[str, type] = {  # may be null
     "hi": int,
     "vision_bits": int,
     "train_samples": int,
+    "sign_rounds": int,
 }
 BASES = ("gptq", "rtn", "refined", "slim")  # methods without an allocator over blocks, for one linear after the other
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
@@ -165,7 +166,10 @@ class Recipe:
     )
     block_angular: bool = field(default=True, metadata={"help": "ptq161: angles count in the loss of block_steps"})
     paths: int = field(default=2, metadata={"help": "littlebit: 2 with the residual's factors, 1 without"})
-    sign_rounds: int = field(default=4, metadata={"help": "littlebit: rounds of refine=signs; 0: Dual-SVID"})
+    sign_rounds: int | None = field(
+        default=None,
+        metadata={"help": "littlebit: rounds of refine=signs, 0: Dual-SVID; none: 4, or 1 before training"},
+    )
     steps: int = field(default=500, metadata={"help": "refine=qat: optimizer steps at most"})
     batch: int = field(default=8, metadata={"help": "refine=qat: sequences at a time, on each GPU"})
     accumulate: int = field(default=1, metadata={"help": "refine=qat: such batches per step"})
@@ -224,7 +228,7 @@ class Recipe:
             raise RequestError(f"littlebit works at 0.05 to 2 bits, not {self.bpw:g}")
         if self.paths not in (1, 2):
             raise RequestError(f"paths is 1, or 2 with the residual, not {self.paths}")
-        if not 0 <= self.sign_rounds <= 100:
+        if self.sign_rounds is not None and not 0 <= self.sign_rounds <= 100:
             raise RequestError(f"sign_rounds is a number of rounds, 0 to 100, not {self.sign_rounds}")
         self._check_training()
 
@@ -387,6 +391,13 @@ class Recipe:
     def trains(self) -> bool:
         """A training stage follows the walk over the blocks."""
         return self.refine == "qat"
+
+    @property
+    def rounds_of_signs(self) -> int:
+        """Of the refinement of sign factors; few before training, which overrides most of it."""
+        if self.sign_rounds is not None:
+            return self.sign_rounds
+        return 1 if self.trains else 4
 
     @property
     def refine_rounds(self) -> int:

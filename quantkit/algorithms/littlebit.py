@@ -145,14 +145,19 @@ def dual_svid(weight: Tensor, rank: Rank) -> Factors:
     Raises:
         NumericalError: NaN or Inf in the weight.
     """
-    if not torch.isfinite(weight).all():
-        raise NumericalError("the weight holds NaN or Inf; the checkpoint is damaged")
+    check_weight(weight)
     remaining, paths = weight, []
     for _ in range(rank.n_paths):
         path = _single_path(remaining, rank.rank)
         paths.append(path)
         remaining = remaining - path.dense()
     return join_paths(paths)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Raise `NumericalError` when the weight holds NaN or Inf."""
+    if not torch.isfinite(weight).all():
+        raise NumericalError("the weight holds NaN or Inf; the checkpoint is damaged")
 
 
 def join_paths(paths: Sequence[Factors]) -> Factors:

@@ -19,11 +19,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quantkit.algorithms.littlebit import Factors, Rank, from_latents, join_paths, signs
+from quantkit.algorithms.littlebit import Factors, Rank, check_weight, from_latents, join_paths, signs
 
 _ALIGNMENT_ROUNDS = 12
-_POLAR_ROUNDS = 9  # quadratic convergence: enough for any condition number that float64 can hold
-_FLIP_COLUMNS = 16  # columns whose flips are chosen together
+_FLIP_COLUMNS = 64  # columns whose flips are chosen together
 _FLIP_ROUNDS = 6  # sets of flips taken in a block of columns before the next one
 
 
@@ -39,7 +38,11 @@ def aligned_start(weight: Tensor, hessian: Tensor, rank: Rank, seed: int = 0) ->
     The SVD is that of ``W L`` with ``H = L L^T``, and ``L^-1`` is taken back from B. Its factors may be rotated, as
     ``(A R)(R^T B) = A B``: R is chosen by iterative quantization (Gong, Lazebnik, CVPR 2011), so that a matrix of signs
     loses less. Of the factors as they are and turned, those with the lower objective are kept.
+
+    Raises:
+        NumericalError: NaN or Inf in the weight.
     """
+    check_weight(weight)
     L = torch.linalg.cholesky(hessian.double())
     remaining, paths = weight, []
     for path in range(rank.n_paths):
@@ -83,18 +86,12 @@ def _top_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_rotation(matrix: Tensor) -> Tensor:
-    """The orthogonal polar factor, by Newton's iteration with Higham's scaling (SIAM J. Sci. Stat. Comput. 7, 1986)."""
-    X = matrix.double()
-    for _ in range(_POLAR_ROUNDS):
-        inverse, failed = torch.linalg.inv_ex(X)
-        if failed:
-            U, _, Vt = torch.linalg.svd(matrix)
-            rotation: Tensor = U @ Vt
-            return rotation
-        sizes = [torch.linalg.matrix_norm(one, order) for one in (inverse, X) for order in (1, float("inf"))]
-        scale = (sizes[0] * sizes[1] / (sizes[2] * sizes[3])) ** 0.25
-        X = 0.5 * (scale * X + inverse.t() / scale)
-    return X.to(matrix.dtype)
+    """The orthogonal polar factor ``M (M^T M)^(-1/2)``, in float64; by eigenvectors, as an SVD is slow on a GPU."""
+    M = matrix.double()
+    values, V = torch.linalg.eigh(M.t() @ M)
+    roots = values.clamp_min(values[-1] * torch.finfo(M.dtype).eps).rsqrt()
+    rotation: Tensor = (M @ V * roots) @ V.t()
+    return rotation.to(matrix.dtype)
 
 
 def refine_factors(weight: Tensor, hessian: Tensor, factors: Factors, n_rounds: int) -> Factors:
@@ -179,10 +176,11 @@ def flip_right(weight: Tensor, hessian: Tensor, factors: Factors) -> Factors:
         span = slice(start, start + _FLIP_COLUMNS)
         b, g, H = B[:, span], G[:, span], hessian[span, span]
         curvature = Q.diagonal().unsqueeze(1) * H.diagonal()
+        sizes = _set_sizes(b)
         moved = torch.zeros_like(b)
         for _ in range(_FLIP_ROUNDS):
             alone = 4 * b * (curvature * b - g)  # change of f by one flip
-            D = _nested_sets(alone) * (-2 * b)  # [sets, R, columns]
+            D = _nested_sets(alone, sizes) * (-2 * b)  # [sets, R, columns]
             DQ = Q @ D
             change = 2 * (D * g).sum((1, 2)) + (DQ * (D @ H)).sum((1, 2))
             best = change.argmin()  # the first set is empty
@@ -192,16 +190,17 @@ def flip_right(weight: Tensor, hessian: Tensor, factors: Factors) -> Factors:
     return replace(factors, right=torch.where(B == 0, factors.right, signs(B)))  # a scale of 0 says nothing
 
 
-def _nested_sets(change: Tensor) -> Tensor:
-    """[sets, *change.shape] of 0 and 1: nothing, the entry with the least change, the 2, 4, 8, ... with the least.
+def _set_sizes(like: Tensor) -> Tensor:
+    """0, 1, 2, 4, ... up to at least half of the entries of a matrix; on its device."""
+    return torch.tensor([0, *(1 << power for power in range(like.numel().bit_length()))], device=like.device)
+
+
+def _nested_sets(change: Tensor, sizes: Tensor) -> Tensor:
+    """[sets, *change.shape] of 0 and 1: for each size so many entries, those with the least change.
 
     Only entries with a negative change belong to a set.
     """
-    n = change.numel()
-    sizes = torch.tensor([0, *(1 << power for power in range(n.bit_length()))], device=change.device)
-    order = torch.argsort(change.flatten())
-    place = torch.empty_like(order)
-    place[order] = torch.arange(n, device=change.device)
+    place = torch.argsort(torch.argsort(change.flatten()))
     chosen = (place < sizes.unsqueeze(1)).reshape(-1, *change.shape)
     return (chosen & (change < 0)).to(change.dtype)
 

@@ -58,8 +58,8 @@ def _factorize(weight: Tensor, hessian: Tensor | None, recipe: Recipe, rank: Ran
     target, live = without_dead_columns(weight, hessian)
     _, damping = damped_inverse_factor(live, recipe.damping)
     metric = damped(live, damping)
-    start = aligned_start(target, metric, rank) if recipe.sign_rounds else dual_svid(target, rank)
-    stored = to_stored(refine_factors(target, metric, start, recipe.sign_rounds))
+    start = aligned_start(target, metric, rank) if recipe.rounds_of_signs else dual_svid(target, rank)
+    stored = to_stored(refine_factors(target, metric, start, recipe.rounds_of_signs))
     return Solved(stored, relative_error(weight, stored.dequantize(), hessian), damping)
 
 
