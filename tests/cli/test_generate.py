@@ -78,3 +78,10 @@ def test_an_unknown_kv_policy_is_refused(inputs: Inputs) -> None:
     result = quantkit("generate", inputs.model, "--prompt", "a", "--kv", "kiwi")
     assert result.exit_code == 2
     assert "unknown KV policy 'kiwi'; did you mean 'kivi'" in result.stderr
+
+
+def test_a_packed_model_with_a_packed_cache(packed: Path) -> None:
+    flags = ("generate", packed, "--prompt", "the quick brown fox " * 6, "--max-new-tokens", 8)
+    result = quantkit(*flags, "--kv", "akvq-vl:window=8", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["new_tokens"] == 8
