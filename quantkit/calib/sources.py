@@ -124,7 +124,7 @@ def _folder_files(folder: Path) -> list[Path]:
     if (folder / "metadata.jsonl").is_file():
         raise RequestError(
             f"{folder.name}: holds metadata.jsonl, a set of pictures for vision-language models, "
-            "which cannot be read as text yet; pass a text file or a folder of text files"
+            "which is no text; ask about it with eval --vqa, or pass a text file or a folder of text files"
         )
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
     if not files:
