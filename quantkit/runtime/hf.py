@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -56,6 +57,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         self.modules = parse_modules(quantization_config.to_dict())
         self.unfused: list[str] = []
         self.shapes: dict[str, Any] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -77,6 +79,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
         _untie_packed_head(model, self.modules)
         _share_packed_embedding(model, self.modules)
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
@@ -93,6 +96,7 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._check_shapes(model)
+        self._cast_renamed(model)
         for name, module in model.named_modules():
             if not isinstance(module, PackedWeight) or any(tensor.is_meta for tensor in module.buffers()):
                 continue  # meta: offloaded, an accelerate hook reads the tensors for each call
@@ -100,6 +104,14 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
             module.weight = module.weight.to(model.dtype)  # as loaded it is float16, like in the file
             module.use_device_form()
         return model
+
+    def _cast_renamed(self, model: Any) -> None:
+        """transformers 5.17 keeps the file's dtype of every parameter that the file calls otherwise than the model."""
+        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        for name, parameter in model.named_parameters():
+            required = self.dtypes.get(name, parameter.dtype)
+            if parameter.dtype != required and not parameter.is_meta and not kept & set(name.split(".")):
+                parameter.data = parameter.data.to(required)
 
     def _check_shapes(self, model: nn.Module) -> None:
         """transformers 5.17 takes any shape while a quantizer is active."""

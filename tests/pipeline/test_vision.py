@@ -22,6 +22,7 @@ from tiny_vision import (
     IMAGE_ID,
     VISION_FAMILIES,
     WITH_PROCESSORS,
+    build_vision,
     picture_folder,
     picture_run,
     tiny_processor,
@@ -32,9 +33,9 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import quantkit
-from quantkit.calib.pictures import Prompt, encode
+from quantkit.calib.pictures import Prompt, encode, for_forward
 from quantkit.errors import FileError, RequestError
-from quantkit.formats.checkpoint import open_folder
+from quantkit.formats.checkpoint import find_tensors, open_folder
 from quantkit.formats.files import read_json
 from quantkit.formats.storage import unpack
 from quantkit.models.skeleton import Skeleton
@@ -305,3 +306,21 @@ def test_other_methods_see_pictures_too(method: str, models: Path, pictures: Pat
 def _weights_of_any_format(folder: Path) -> dict[str, Any]:
     checkpoint = open_folder(folder)
     return {name: unpack(module.spec, checkpoint.read_module(name)) for name, module in checkpoint.modules.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_parameter_has_the_dtype_asked_for(
+    dtype: torch.dtype, models: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Also where the files call a parameter otherwise than the model does, as those of LLaVA do."""
+    source = tmp_path / "source"
+    build_vision("llava").to(torch.bfloat16).save_pretrained(source)
+    tiny_processor("llava").save_pretrained(source)
+    stored = find_tensors(source)
+    assert {ref.torch_dtype for ref in stored.values()} == {torch.bfloat16}
+    assert "language_model.model.embed_tokens.weight" in stored  # the model says model.language_model.embed_tokens
+    out = picture_run(source, tmp_path / "out", pictures, bits=4).output
+    model = quantkit.load(out, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    inputs = picture_inputs("llava", pictures)
+    assert answers(model, for_forward(model, inputs, torch.device("cpu"), dtype)).dtype == dtype
