@@ -64,11 +64,12 @@ class DecodeConfig:
     stages: int
 
 
-def supports(query: Tensor, specs: Sequence[PageSpec]) -> bool:
-    """Whether the kernels can attend: CUDA, few queries, one scale for a token and head."""
+def supports(query: Tensor, specs: Sequence[PageSpec], dtype: torch.dtype) -> bool:
+    """Whether the kernels can attend: CUDA, few queries, one scale for a token and head, uncoded tokens in float16."""
     _, n_queries, head_dim = query.shape
     return (
         query.is_cuda
+        and dtype == torch.float16
         and find_spec("triton") is not None
         and bool(specs)
         and n_queries <= 16

@@ -70,7 +70,7 @@ def kv_cache(
         spec: a policy and its settings: ``akvq-vl``, ``zipcache``, ``kivi:bits=2,group=32``, ``int4``, ``fp16``.
         packed: attend to packed pages; False hands dequantized tensors to the model's own attention; None: packed
             where the model allows it.
-        dtype: of tokens that are not quantized.
+        dtype: of tokens that are not quantized; with another than float16 the torch twins do the work on a GPU too.
 
     Raises:
         RequestError: an unknown policy or setting; a model with layers that are neither full nor sliding attention.

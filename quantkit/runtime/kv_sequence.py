@@ -258,7 +258,8 @@ class SequenceCache:
         """
         coded = [segment for segment in self.segments if segment.count]
         packed = [segment for segment in coded if isinstance(segment, PackedSegment)]
-        if len(packed) == len(coded) and supports(query, [segment.spec for segment in packed]):
+        specs = [segment.spec for segment in packed]
+        if len(packed) == len(coded) and supports(query, specs, self.floats.keys.dtype):
             return decode(query.contiguous(), scaling, self.packed(), dtype=query.dtype)
         query = query.float() * scaling
         parts = [self.floats.attend(query)] if self.floats.count else []
