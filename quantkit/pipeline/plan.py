@@ -28,6 +28,7 @@ from quantkit.pipeline.factorize import ranks_of, sign_factors_spec
 from quantkit.pipeline.journal import work_folder
 from quantkit.pipeline.outside import OutsideMatrix, outside_matrices
 from quantkit.pipeline.request import QuantizeRequest
+from quantkit.pipeline.train import training_memory, training_multiplications, training_scratch
 from quantkit.pipeline.vision import rounded_linears, vision_recipe
 from quantkit.recipe import Recipe
 
@@ -117,6 +118,8 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
         scratch += quantized + sum(
             skeleton.tensors[skeleton.source_name(f"{item.name}.weight")].n_bytes for item in linears
         )
+    if recipe.trains:
+        scratch += training_scratch(skeleton, recipe)
     return Plan(
         modules=modules,
         skipped=tuple(item for block in skeleton.blocks for item in block.skipped) + tuple(outside),
@@ -131,6 +134,7 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
             _peak_memory(skeleton, request, seq_len),
             _outside_memory(matrices),
             _tuning_memory(skeleton, linears, recipe, seq_len) if restored else 0,
+            _BASE_BYTES + training_memory(skeleton, recipe, seq_len) if recipe.trains else 0,
         )
         + (0 if request.offload == "disk" else states),
         scratch_bytes=scratch + (states if request.offload == "disk" else 0),
@@ -261,6 +265,10 @@ def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int
     # A step is a forward and a backward of one block; candidates of signs are tried in the loop, not in a search.
     n_weights = sum(linear.n_weights for linear in linears)
     train = 6.0 * request.recipe.block_steps * seq_len * n_weights
+    if request.recipe.stores_signs:
+        search = sum(_flip_multiplications(linear, request.recipe) for linear in linears)
+    if request.recipe.trains:
+        train += training_multiplications(skeleton, request.recipe, seq_len)
     once = forward + gram + solve + search + rounding + train
     if request.recipe.transform == "restore":
         once = 2 * once + 12.0 * request.recipe.restore_steps * seq_len * n_weights
@@ -272,6 +280,13 @@ def _sign_multiplications(linear: Linear, recipe: Recipe, candidates: int) -> fl
     k = n_salient(linear.in_features, recipe.bits, recipe.salient_bits)
     products = (8 if recipe.compensate else 0) + 4 * recipe.refine_rounds
     return 2.0 * linear.out_features * (candidates * k**2 + products * linear.in_features**2)
+
+
+def _flip_multiplications(linear: Linear, recipe: Recipe) -> float:
+    """Per round of sign factors: about 80 products of the Gram matrix of their ranks with each column."""
+    bits = recipe.bits if recipe.bpw is None else recipe.bpw
+    rank = bits * linear.n_weights / (linear.in_features + linear.out_features)
+    return 2.0 * recipe.rounds_of_signs * rank**2 * (80 * linear.in_features + linear.out_features)
 
 
 def _multiplications_per_second(device: torch.device) -> float:

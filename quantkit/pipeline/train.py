@@ -19,14 +19,16 @@ from quantkit.formats.safetensors_io import read_header, read_tensor
 from quantkit.formats.sign_factors import SignFactors
 from quantkit.formats.storage import pack, spec_from_json, unpack
 from quantkit.models.skeleton import Skeleton
+from quantkit.models.structure import Linear
 from quantkit.pipeline.distill import Distillation, split_samples
-from quantkit.pipeline.factorize import from_stored, to_stored
+from quantkit.pipeline.factorize import from_stored, ranks_of, to_stored
 from quantkit.pipeline.journal import FinishedBlock, Journal, finished_blocks, work_folder
 from quantkit.pipeline.prepare import compute_dtype, read_calibration, sequence_length
 from quantkit.pipeline.request import Listener, QuantizeRequest
 from quantkit.pipeline.sign_linear import SignLinear
 from quantkit.pipeline.solve import relative_error
 from quantkit.pipeline.team import Team
+from quantkit.recipe import Recipe
 
 FILE = "training.json"  # of the work folder: the losses, for the report
 
@@ -43,6 +45,33 @@ def training_set(request: QuantizeRequest, skeleton: Skeleton) -> Calibration:
         raise RequestError("refine=qat trains on text; give --calib text, or use --set refine=signs with pictures")
     split_samples(text.input_ids)
     return text
+
+
+def training_memory(skeleton: Skeleton, recipe: Recipe, seq_len: int) -> int:
+    """Bytes at most: float weights, latents with gradient and moments, and what a backward pass keeps, all float32."""
+    linears = [linear for block in skeleton.blocks for linear in block.linears]
+    weights = sum(int(parameter.numel()) for parameter in skeleton.model.parameters())
+    kept = 3 * sum(item.in_features + item.out_features for item in linears)  # inputs, products, scaled products
+    vocabulary: int = skeleton.config.get_text_config(decoder=True).vocab_size
+    return 4 * (weights + 4 * _n_latents(linears, recipe) + recipe.batch * seq_len * (kept + 6 * vocabulary))
+
+
+def training_scratch(skeleton: Skeleton, recipe: Recipe) -> int:
+    """Bytes on disk: the best parameters, and a checkpoint with moments twice while it is replaced."""
+    return 28 * _n_latents([linear for block in skeleton.blocks for linear in block.linears], recipe)
+
+
+def _n_latents(linears: Sequence[Linear], recipe: Recipe) -> int:
+    ranks = ranks_of(linears, recipe)
+    totals = {name: rank.rank * rank.n_paths for name, rank in ranks.items()}
+    return sum(totals[linear.name] * (linear.in_features + linear.out_features) for linear in linears)
+
+
+def training_multiplications(skeleton: Skeleton, recipe: Recipe, seq_len: int) -> float:
+    """Of all steps: the teacher's pass, and three of the student's, whose products are as large as its bits."""
+    weights = sum(linear.n_weights for block in skeleton.blocks for linear in block.linears)
+    bits = recipe.bits if recipe.bpw is None else recipe.bpw
+    return 2.0 * recipe.steps * recipe.accumulate * recipe.batch * seq_len * weights * (1 + 3 * bits)
 
 
 def train(

@@ -138,6 +138,21 @@ def test_the_plan_is_the_file_to_the_byte(
         assert all(len(weight.ranks) == 1 for weight in quantized_weights(result.output).values())
 
 
+def test_the_plan_of_a_training_counts_its_memory_disk_and_time(llama: Path, text: Path, tmp_path: Path) -> None:
+    """Float weights, four float32 numbers for each sign, activations and logits of a batch; more for more."""
+    plain = dry_run(request(llama, tmp_path / "out", text))
+    small, large = (
+        dry_run(request(llama, tmp_path / "out", text, "refine=qat", f"batch={batch}", "steps=2000"))
+        for batch in (1, 64)
+    )
+    assert plain.peak_memory_bytes < large.peak_memory_bytes
+    assert large.peak_memory_bytes - small.peak_memory_bytes > 4 * 63 * 32 * 6 * 288  # logits of 63 more sequences
+    n_signs = sum(sum(spec.ranks) * (spec.in_features + spec.out_features) for _, spec in plain.modules)
+    assert small.scratch_bytes - plain.scratch_bytes == 28 * n_signs
+    assert large.seconds > small.seconds > plain.seconds
+    assert small.output_bytes == plain.output_bytes
+
+
 def test_refinement_is_that_of_the_algorithm() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(24, 40, generator=generator), torch.randn(200, 40, generator=generator)
