@@ -68,6 +68,8 @@ METHODS: dict[str, Method] = {
             "bits": 1.6,
             "group_size": None,
             "refine": 2,
+            "correction": 0.5,
+            "sequential": True,
         },
         formats=("sign_salient",),
         bits=(1, 4),

@@ -27,6 +27,7 @@ from quantkit.formats.sign_salient import SignSalient
 from quantkit.pipeline import QuantizeResult, dry_run
 
 PTQ161: dict[str, Any] = {"bits": 1.6, "group_size": None}
+ALONE = ["correction=0.0", "sequential=false"]  # no float model beside
 TRAINED = ["block_steps=6", "correction=0.5", "sequential=true"]
 
 
@@ -73,7 +74,7 @@ def test_every_family_computes_with_its_stored_weights(family: str, models: Path
 def test_the_plan_the_result_and_the_file_agree_to_the_byte(
     bits: float, salient_bits: int, source: Path, text: Path, tmp_path: Path
 ) -> None:
-    settings = [f"salient_bits={salient_bits}", "refine=0"]
+    settings = [f"salient_bits={salient_bits}", "refine=0", *ALONE]
     options = {**PTQ161, "bits": bits, "settings": settings}
     plan = dry_run(small_request(source, tmp_path / "out", text, "ptq161", **options))
     result = small_run(source, tmp_path / "out", text, "ptq161", **options)
@@ -89,7 +90,7 @@ def test_the_plan_the_result_and_the_file_agree_to_the_byte(
 
 
 def test_salient_channels_are_a_share_of_each_input(source: Path, text: Path, tmp_path: Path) -> None:
-    result = ptq161_run(source, tmp_path / "out", text, ["refine=0"])
+    result = ptq161_run(source, tmp_path / "out", text, ["refine=0", *ALONE])
     for weight in quantized_weights(result.output).values():
         assert isinstance(weight, SignSalient)
         assert weight.salient_mask is not None
@@ -118,6 +119,7 @@ def test_training_lowers_the_loss_of_every_block_and_says_so(source: Path, text:
 
 def test_the_papers_recipe_is_a_matter_of_settings(source: Path, text: Path, tmp_path: Path) -> None:
     paper = ["salience=absmax", "compensate=false", "refine=0", "grid=minmax", "block_scales=paper", "block_steps=6"]
+    paper += ALONE
     result = ptq161_run(source, tmp_path / "out", text, paper)
     for weight in quantized_weights(result.output).values():
         assert weight.salient.bits == (4,)
@@ -127,7 +129,7 @@ def test_compensation_pays_in_every_linear(source: Path, text: Path, tmp_path: P
     """Of the first block, whose inputs are the same in both runs."""
     runs = [
         ptq161_run(source, tmp_path / name, text, settings)
-        for name, settings in (("ours", []), ("plain", ["compensate=false", "refine=0"]))
+        for name, settings in (("ours", ALONE), ("plain", [*ALONE, "compensate=false", "refine=0"]))
     ]
     for ours, plain in list(zip(*(run.modules for run in runs), strict=True))[:7]:
         assert ours.relative_error < plain.relative_error
@@ -167,6 +169,6 @@ def test_targets_on_disk_change_nothing(source: Path, text: Path, tmp_path: Path
 
 
 def test_a_rotated_model_goes_through(source: Path, text: Path, tmp_path: Path) -> None:
-    result = ptq161_run(source, tmp_path / "out", text, ["transform=hadamard", "block_steps=3"])
+    result = ptq161_run(source, tmp_path / "out", text, ["transform=hadamard", "block_steps=3", *ALONE])
     packed = quantkit.load(result.output, dtype="float32")
     assert torch.isfinite(logits(packed)).all()
