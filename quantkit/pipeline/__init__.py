@@ -6,7 +6,9 @@ journal.py   the work folder of a run: finished blocks, and whether a new run ma
 prepare.py   a request made concrete: model, device, calibration set, deciding settings
 allocate.py  which linear gets how many bits, under the bytes of budget.py
 attend.py    what attention makes of its linears' outputs, for solvers that ask
-solve.py     one linear: statistics in, codes out
+solve.py     one linear: statistics in, codes out; binarize.py where it becomes signs and salient channels
+tune.py      scales of a block trained on what it puts out, where a recipe asks for it
+restore.py   transform=restore: a first pass and a low-rank tuning before the walk that counts
 walk.py      the loop over blocks
 output.py    the final folder
 entry.py     all of it in order: what is called from outside
