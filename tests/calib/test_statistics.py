@@ -264,3 +264,30 @@ def test_sample_is_evenly_spaced(n_tokens: int, rows_per_call: int) -> None:
 
 def test_no_sample_unless_asked() -> None:
     assert recorded(Attention(), [whole_numbers(9, 6)]).statistics("q").rows().shape == (0, 6)
+
+
+# --- largest magnitudes -------------------------------------------------------------------------------------------
+
+
+def test_largest_magnitudes_are_those_of_all_tokens_that_count() -> None:
+    linear = nn.Sequential(nn.Linear(6, 2))
+    calls = [whole_numbers(5, 6, seed=seed) for seed in range(3)]
+    weights = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    for kept in (torch.ones(5), weights):
+        recorder = StatisticsRecorder(linears_of(linear), absmax=True)
+        with recorder.recording(), torch.no_grad():
+            for inputs in calls:
+                recorder.next_call(weights=None if kept.all() else kept)
+                linear(inputs)
+        expected = torch.cat([inputs[kept > 0] for inputs in calls]).abs().amax(0)
+        assert torch.equal(recorder.statistics("0").absmax, expected)  # type: ignore[arg-type]
+
+
+def test_no_largest_magnitudes_unless_asked_or_where_no_token_counts() -> None:
+    linear = nn.Sequential(nn.Linear(6, 2))
+    assert recorded(linear, [whole_numbers(4, 6)]).statistics("0").absmax is None
+    recorder = StatisticsRecorder(linears_of(linear), absmax=True)
+    with recorder.recording(), torch.no_grad():
+        recorder.next_call(weights=torch.zeros(4))
+        linear(whole_numbers(4, 6))
+    assert recorder.statistics("0").absmax is None
