@@ -45,7 +45,7 @@ _OPTIONAL: dict[str, type] = {  # may be null
 }
 BASES = ("gptq", "rtn", "refined", "slim")  # methods without an allocator over blocks, for one linear after the other
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
-_LINEAR_ALLOCATORS = ("zd", "error", "random")  # those that can tell the linears of a block apart
+_LINEAR_ALLOCATORS = ("zd", "error", "adaptive", "random")  # those that can tell the linears of a block apart
 _TRAINING_SETTINGS = (
     "steps",
     "batch",
@@ -360,11 +360,13 @@ class Recipe:
             if self.bpw is not None or self.bits != int(self.bits):
                 raise RequestError(
                     f"{budget} needs an allocator: allocator={self.allocator} gives every layer the same whole number "
-                    "of bits on average; use --method layerwise, or --set allocator=lim, zd, luq or error"
+                    "of bits on average; use --method layerwise, or --set allocator=lim, zd, luq, error or adaptive"
                 )
             for name, unset in (("lo", None), ("hi", None), ("reverse", False)):
                 if getattr(self, name) is not unset:
-                    raise RequestError(f"{name} is a setting of the allocators lim, zd, luq, casp, error and random")
+                    raise RequestError(
+                        f"{name} is a setting of the allocators lim, zd, luq, casp, error, adaptive and random"
+                    )
             return
         lo = 1 if self.lo is None else self.lo
         hi = 8 if self.hi is None else self.hi
@@ -377,7 +379,7 @@ class Recipe:
                 f"allocator={self.allocator} scores what enters and leaves whole blocks; "
                 f"with granularity=linear use allocator={' or '.join(_LINEAR_ALLOCATORS)}"
             )
-        if self.reverse and self.allocator in ("error", "casp"):
+        if self.reverse and self.allocator in ("error", "adaptive", "casp"):
             raise RequestError(
                 f"reverse turns a ranking around; allocator={self.allocator} weighs losses against bytes instead"
             )
@@ -415,10 +417,17 @@ class Recipe:
         assert self.bits == int(self.bits)
         return int(self.bits)
 
-    def at(self, bits: int) -> Recipe:
-        """The recipe of one linear, once an allocator has given it a width."""
-        inner = str(METHODS[self.base].defaults.get("allocator", "uniform")) if self.base else "uniform"
-        return replace(self, method="", base="", bits=bits, bpw=None, allocator=inner, lo=None, hi=None, reverse=False)
+    def at(self, bits: int, *group_size: int | None) -> Recipe:
+        """The recipe of one linear, once an allocator has given it a width (and a group size, where it chooses)."""
+        inner = "sba" if self.base and METHODS[self.base].defaults.get("allocator") == "sba" else "uniform"
+        fixed: dict[str, Any] = {"method": "", "base": "", "bpw": None, "lo": None, "hi": None, "reverse": False}
+        chosen: dict[str, Any] = {"group_size": group_size[0]} if group_size else {}
+        return replace(self, bits=bits, allocator=inner, **fixed, **chosen)
+
+    @property
+    def chooses_groups(self) -> bool:
+        """Each linear is stored in groups of `group_size` or with one scale per row, whichever pays."""
+        return self.allocator == "adaptive"
 
     @property
     def mixes_groups(self) -> bool:

@@ -41,6 +41,7 @@ def test_nothing_given_is_gptq_at_four_bits() -> None:
         ({"bits": 2}, [], "refined"),
         ({"bits": 3}, ["grid=mse"], "refined"),
         ({"bits": 4}, [], "gptq"),
+        ({"bits": 2.5}, [], "refined"),
         ({"bits": 2.5}, ["allocator=zd"], "refined"),
         ({"bpw": 2.8}, ["allocator=zd"], "refined"),
         ({}, ["bits=2"], "refined"),
@@ -263,11 +264,11 @@ def test_needs_calibration(settings: dict[str, Any], expected: bool) -> None:
         ("refine=101", "refine is a number of rounds, 0 to 100, not 101"),
         # form
         ("grid", "--set takes KEY=VALUE, not 'grid'"),
-        ("bpw=2.5", "--bpw 2.5 needs an allocator: allocator=uniform gives every layer the same whole number"),
-        ("bits=2.5", "--bits 2.5 needs an allocator: allocator=uniform gives every layer the same whole number"),
-        ("lo=2", "lo is a setting of the allocators lim, zd, luq, casp, error and random"),
-        ("hi=4", "hi is a setting of the allocators lim, zd, luq, casp, error and random"),
-        ("reverse=true", "reverse is a setting of the allocators lim, zd, luq, casp, error and random"),
+        ("bpw=4.5", "--bpw 4.5 needs an allocator: allocator=uniform gives every layer the same whole number"),
+        ("bits=4.5", "--bits 4.5 needs an allocator: allocator=uniform gives every layer the same whole number"),
+        ("lo=2", "lo is a setting of the allocators lim, zd, luq, casp, error, adaptive and random"),
+        ("hi=4", "hi is a setting of the allocators lim, zd, luq, casp, error, adaptive and random"),
+        ("reverse=true", "reverse is a setting of the allocators lim, zd, luq, casp, error, adaptive and random"),
     ],
 )
 def test_refused_settings(setting: str, message: str) -> None:

@@ -125,6 +125,26 @@ def _best_swap(order: Sequence[int], chosen: set[int], steps: list[int], room: i
     return found
 
 
+def worthwhile(losses: Sequence[float], n_bytes: Sequence[int]) -> list[int]:
+    """The choices on the lower convex hull of loss over bytes, cheapest first: no other is ever best per byte.
+
+    >>> worthwhile([9.0, 8.0, 1.0, 2.0], [10, 11, 12, 20])
+    [0, 2]
+    """
+    hull: list[int] = []
+    for index in sorted(range(len(losses)), key=lambda index: (n_bytes[index], losses[index])):
+        if hull and losses[index] >= losses[hull[-1]]:
+            continue
+        while len(hull) > 1 and _slope(losses, n_bytes, hull[-2], hull[-1]) >= _slope(losses, n_bytes, hull[-1], index):
+            hull.pop()
+        hull.append(index)
+    return hull
+
+
+def _slope(losses: Sequence[float], n_bytes: Sequence[int], first: int, second: int) -> float:
+    return (losses[second] - losses[first]) / (n_bytes[second] - n_bytes[first])
+
+
 def marginal_widths(
     losses: Sequence[Sequence[float]],
     n_bytes: Sequence[Sequence[int]],

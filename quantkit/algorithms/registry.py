@@ -57,7 +57,14 @@ METHODS: dict[str, Method] = {
         title="Refined GPTQ",
         paper="-",
         summary="GPTQ aimed half way at the float model's outputs, stage by stage, refined: the default below 4 bits.",
-        defaults={"damping": 0.1, "act_order": "group", "correction": 0.5, "refine": 2, "sequential": True},
+        defaults={
+            "allocator": "adaptive",
+            "damping": 0.1,
+            "act_order": "group",
+            "correction": 0.5,
+            "refine": 2,
+            "sequential": True,
+        },
     ),
     "ptq161": Method(
         title="PTQ1.61",
@@ -117,6 +124,7 @@ ALLOCATORS: dict[str, str] = {
     "luq": "two widths; the higher one for blocks whose output activations have the highest entropy (LUQ)",
     "casp": "widths from lo to hi by the block's influence times 4^-bits per byte; image and text count alike (CASP)",
     "error": "widths from lo to hi by the greatest fall of the relative output error per byte (ours)",
+    "adaptive": "widths from lo to hi, grouped or per channel, by the greatest fall of the same error per byte (ours)",
     "random": "two widths in a random order by --seed: what a score must beat; no data",
 }
 

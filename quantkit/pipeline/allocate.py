@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from quantkit.algorithms.casp import block_influence, expected_losses
 from quantkit.algorithms.grids import GRIDS
-from quantkit.algorithms.layerwise import by_importance, lim, marginal_widths, two_widths, zd
+from quantkit.algorithms.layerwise import by_importance, lim, marginal_widths, two_widths, worthwhile, zd
 from quantkit.algorithms.luq import KMeansConfig, by_entropy, histogram_entropy, kmeans_labels, label_entropy
 from quantkit.algorithms.rtn import rtn
 from quantkit.calib.statistics import StatisticsRecorder
 from quantkit.formats.files import read_json, write_json
 from quantkit.models.structure import Block, Linear
-from quantkit.pipeline.budget import Budget, Unit, budget_of, bytes_at, units_of
+from quantkit.pipeline.budget import Budget, Choice, Unit, budget_of, bytes_at, choices_of, units_of
 from quantkit.pipeline.request import Listener
 from quantkit.pipeline.sparsity import N_PROBES, Condition
 from quantkit.recipe import Recipe
@@ -85,8 +85,8 @@ class Allocator:
         self.units = units_of(blocks, recipe)
         self.budget = budget_of([linear for block in blocks for linear in block.linears], recipe)
 
-    def widths(self, folder: Path, originals: Iterable[ScoredBlock]) -> dict[str, int]:
-        """Bits of each linear by its name: as decided before in this work folder, or by the scores of ``originals``."""
+    def choices(self, folder: Path, originals: Iterable[ScoredBlock]) -> dict[str, Choice]:
+        """What each linear gets, by its name: as decided before in this folder, or by the scores of ``originals``."""
         path = folder / FILE
         if not path.exists():
             details: dict[str, dict[str, float]] = {}
@@ -100,8 +100,9 @@ class Allocator:
                 self.listener.note(condition.describe())
             write_json(path, allocation)
             self.listener.note(describe(allocation))
-        widths: dict[str, int] = read_json(path)["widths"]
-        return widths
+        decided = read_json(path)
+        sizes = decided.get("group_sizes", {})
+        return {name: Choice(bits, sizes.get(name, self.recipe.group_size)) for name, bits in decided["widths"].items()}
 
     def _scores(
         self, originals: Iterable[ScoredBlock], details: dict[str, dict[str, float]], condition: Condition | None
@@ -139,7 +140,7 @@ def score_block(
         return []
     if recipe.allocator == "zd":
         return [[zd([_weight(block.module, linear) for linear in unit.linears], recipe.two_sided)] for unit in units]
-    if recipe.allocator == "error":
+    if recipe.allocator in ("error", "adaptive"):
         return _losses(units, block, recipe, budget)
     if recipe.allocator == "lim":
         scores = [float(lim(before.to(after.device), after)) for before, after in block.outcomes]
@@ -172,29 +173,49 @@ def _influence(block: ScoredBlock) -> float:
 
 def allocate(units: Sequence[Unit], scores: Sequence[Score], budget: Budget, recipe: Recipe) -> dict[str, Any]:
     """The allocation as JSON: what the budget allows, each unit's score and width, and the width of each linear."""
-    widths = _widths(recipe, budget)
-    n_bytes = [[bytes_at(unit.linears, recipe, bits) for bits in widths] for unit in units]
-    if recipe.allocator in ("error", "casp"):
-        picks: Sequence[int] = marginal_widths(scores, n_bytes, budget.n_bytes, budget.tolerance)
+    choices = choices_of(recipe, _widths(recipe, budget))
+    n_bytes = [[bytes_at(unit.linears, recipe, *choice) for choice in choices] for unit in units]
+    if recipe.allocator in ("error", "adaptive", "casp"):
+        picks: Sequence[int] = _pick(scores, n_bytes, budget)
     else:
         order = _order([score[0] for score in scores], recipe)
         lo, hi = zip(*n_bytes, strict=True)
         picks = two_widths(order, lo, hi, budget.n_bytes, budget.tolerance)
-    rows = [
-        {"name": unit.name, "score": score if len(score) > 1 else score[0], "bits": widths[pick]}
-        for unit, score, pick in zip(units, scores, picks, strict=True)
+    chosen = [choices[pick] for pick in picks]
+    rows: list[dict[str, Any]] = [
+        {"name": unit.name, "score": score if len(score) > 1 else score[0], "bits": choice.bits}
+        for unit, score, choice in zip(units, scores, chosen, strict=True)
     ]
-    by_linear = {linear.name: widths[pick] for unit, pick in zip(units, picks, strict=True) for linear in unit.linears}
+    by_linear = {linear.name: choice for unit, choice in zip(units, chosen, strict=True) for linear in unit.linears}
+    groups: dict[str, Any] = {}
+    if recipe.chooses_groups:
+        groups["group_sizes"] = {name: choice.group_size for name, choice in by_linear.items()}
+        for row, choice in zip(rows, chosen, strict=True):
+            row["group_size"] = choice.group_size
     used = sum(sizes[pick] for sizes, pick in zip(n_bytes, picks, strict=True))
-    uniform = {str(bits): 8 * sum(sizes[at] for sizes in n_bytes) / budget.n_weights for at, bits in enumerate(widths)}
+    uniform = {
+        str(choice.bits): 8 * sum(sizes[at] for sizes in n_bytes) / budget.n_weights
+        for at, choice in enumerate(choices)
+        if choice.group_size == recipe.group_size
+    }
     return {
         "allocator": recipe.allocator,
         "budget_bpw": budget.bpw,
         "bpw": 8 * used / budget.n_weights,
         "uniform_bpw": uniform,
         "units": rows,
-        "widths": by_linear,
+        "widths": {name: choice.bits for name, choice in by_linear.items()},
+        **groups,
     }
+
+
+def _pick(scores: Sequence[Score], n_bytes: Sequence[Sequence[int]], budget: Budget) -> list[int]:
+    """The index of each unit's choice, by the greatest fall of the loss per byte."""
+    hulls = [worthwhile(*unit) for unit in zip(scores, n_bytes, strict=True)]
+    losses = [[unit[index] for index in hull] for unit, hull in zip(scores, hulls, strict=True)]
+    sizes = [[unit[index] for index in hull] for unit, hull in zip(n_bytes, hulls, strict=True)]
+    found = marginal_widths(losses, sizes, budget.n_bytes, budget.tolerance)
+    return [hull[index] for hull, index in zip(hulls, found, strict=True)]
 
 
 def describe(allocation: dict[str, Any]) -> str:
@@ -203,12 +224,14 @@ def describe(allocation: dict[str, Any]) -> str:
     for unit in allocation["units"]:
         counts[unit["bits"]] = counts.get(unit["bits"], 0) + 1
     shares = ", ".join(f"{counts[bits]} at {bits} bits" for bits in sorted(counts))
+    if "group_sizes" in allocation:
+        shares += f", {sum(unit['group_size'] is None for unit in allocation['units'])} of them per channel"
     stored = f"{allocation['bpw']:.3f} of {allocation['budget_bpw']:.3f} stored bits per weight"
     return f"allocator={allocation['allocator']}: of {len(allocation['units'])} units {shares}; {stored}"
 
 
 def _widths(recipe: Recipe, budget: Budget) -> list[int]:
-    every = recipe.allocator in ("error", "casp")
+    every = recipe.allocator in ("error", "adaptive", "casp")
     return list(range(budget.lo, budget.hi + 1)) if every else [budget.lo, budget.hi]
 
 
@@ -255,13 +278,13 @@ def _losses(units: Sequence[Unit], block: ScoredBlock, recipe: Recipe, budget: B
             recorder.next_call()
             if len(probes) < _N_PROBES:
                 probes.append((before.to(after.device, copy=True), after))
-    return [[_loss(block, unit, bits, recorder, probes, recipe) for bits in _widths(recipe, budget)] for unit in units]
+    choices = [recipe.at(*choice) for choice in choices_of(recipe, _widths(recipe, budget))]
+    return [[_loss(block, unit, recorder, probes, choice) for choice in choices] for unit in units]
 
 
 def _loss(
     block: ScoredBlock,
     unit: Unit,
-    bits: int,
     recorder: StatisticsRecorder,
     probes: list[tuple[Tensor, Tensor]],
     recipe: Recipe,
@@ -273,8 +296,8 @@ def _loss(
         if hessian is None:  # no calibration token reached this expert
             hessian = torch.eye(linear.in_features, device=weight.device)
         n_groups = linear.in_features // (recipe.group_size or linear.in_features)
-        fit = GRIDS[recipe.at(bits).grid_name]
-        rounded = rtn(weight.float(), (bits,) * n_groups, recipe.symmetric, fit, hessian)
+        widths = (recipe.width,) * n_groups
+        rounded = rtn(weight.float(), widths, recipe.symmetric, GRIDS[recipe.grid_name], hessian)
         _weight(block.module, linear).data = rounded.dequantize().to(weight.dtype)
     losses = []
     for sample, (before, after) in enumerate(probes):

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import NamedTuple
 
 from quantkit.algorithms.casp import rank_of
 from quantkit.errors import RequestError
@@ -25,6 +26,7 @@ from quantkit.pipeline.binarize import sign_salient_spec
 from quantkit.recipe import Recipe
 
 TOLERANCE_BPW = 0.02  # what a budget may leave unused, where the sizes of the units allow
+_EXPERT = re.compile(r"\bexperts\.\d+\.")
 # Linears that serving engines fuse into one, by the names that they go by.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
 
@@ -58,15 +60,33 @@ class Budget:
         return int(TOLERANCE_BPW * self.n_weights / 8)
 
 
+class Choice(NamedTuple):
+    """What an allocator gives to a linear."""
+
+    bits: int
+    group_size: int | None  # None: one scale per row
+
+
+def choices_of(recipe: Recipe, widths: Sequence[int]) -> list[Choice]:
+    """Every width with the recipe's group size; where the allocator chooses, also with one scale per row."""
+    sizes = [recipe.group_size]
+    if recipe.chooses_groups and recipe.group_size is not None:
+        sizes.insert(0, None)
+    return [Choice(bits, size) for bits in widths for size in sizes]
+
+
 def units_of(blocks: Sequence[Block], recipe: Recipe) -> list[Unit]:
     """The units of a model in running order."""
-    if recipe.granularity == "block":
+    if recipe.granularity == "block" and not recipe.chooses_groups:
         return [Unit(block.name, index, block.linears) for index, block in enumerate(blocks) if block.linears]
     units = []
     for index, block in enumerate(blocks):
         members: dict[str, list[Linear]] = {}
         for linear in block.linears:
-            members.setdefault(_tied_path(linear.path) if recipe.tie else linear.path, []).append(linear)
+            path = _tied_path(linear.path) if recipe.tie else linear.path
+            if recipe.chooses_groups:  # one expert sees too few tokens to be told from the others
+                path = _EXPERT.sub("experts.*.", path)
+            members.setdefault(path, []).append(linear)
         units += [Unit(f"{block.name}.{path}", index, tuple(linears)) for path, linears in members.items()]
     return units
 
@@ -77,14 +97,14 @@ def _tied_path(path: str) -> str:
     >>> _tied_path("self_attn.k_proj"), _tied_path("mlp.experts.7.up_proj")
     ('self_attn.q_proj+k_proj+v_proj', 'mlp.experts.*.gate_proj+up_proj')
     """
-    parent, dot, last = re.sub(r"\bexperts\.\d+\.", "experts.*.", path).rpartition(".")
+    parent, dot, last = _EXPERT.sub("experts.*.", path).rpartition(".")
     fused = next((names for names in _FUSED if last in names), (last,))
     return f"{parent}{dot}{'+'.join(fused)}"
 
 
-def spec_at(linear: Linear, recipe: Recipe, bits: int) -> Spec:
+def spec_at(linear: Linear, recipe: Recipe, bits: int, *group_size: int | None) -> Spec:
     """What a linear stores at most at one width. Raises `RequestError` when the group size does not divide it."""
-    return planned_spec(linear, recipe.at(bits))
+    return planned_spec(linear, recipe.at(bits, *group_size))
 
 
 def planned_spec(linear: Linear, recipe: Recipe) -> Spec:
@@ -149,9 +169,9 @@ def check_factorized(linears: Sequence[Linear], recipe: Recipe) -> None:
         )
 
 
-def bytes_at(linears: Sequence[Linear], recipe: Recipe, bits: int) -> int:
-    """True bytes of all of them at one width."""
-    return sum(spec_at(linear, recipe, bits).n_bytes for linear in linears)
+def bytes_at(linears: Sequence[Linear], recipe: Recipe, bits: int, *group_size: int | None) -> int:
+    """True bytes of all of them at one width, in groups of the recipe's size or of the given one."""
+    return sum(spec_at(linear, recipe, bits, *group_size).n_bytes for linear in linears)
 
 
 def budget_of(linears: Sequence[Linear], recipe: Recipe) -> Budget:
@@ -163,18 +183,19 @@ def budget_of(linears: Sequence[Linear], recipe: Recipe) -> Budget:
     n_weights = sum(linear.n_weights for linear in linears)
     dense = replace(recipe, keep_ratio=1.0, base="")  # what factors save is there to be spent
     totals = {bits: bytes_at(linears, dense, bits) for bits in range(1, 9)}
+    least_group = (None,) if recipe.chooses_groups else ()
     if recipe.bpw is None:
         average = Fraction(str(recipe.bits))
         below, above = math.floor(average), math.ceil(average)
         n_bytes = math.floor(totals[below] + (totals[above] - totals[below]) * (average - below))
     else:
         n_bytes = math.floor(Fraction(str(recipe.bpw)) * n_weights / 8)
-        below = max((bits for bits in totals if totals[bits] <= n_bytes), default=1)
+        below = max((bits for bits in totals if bytes_at(linears, dense, bits, *least_group) <= n_bytes), default=1)
         above = min((bits for bits in totals if totals[bits] >= n_bytes), default=8)
     lo = recipe.lo or min(below, (recipe.hi or 8) - 1)
     hi = recipe.hi or max(above, lo + 1)
     budget = Budget(n_bytes, n_weights, lo, hi)
-    least, most = (bytes_at(linears, recipe, bits) for bits in (lo, hi))
+    least, most = bytes_at(linears, recipe, lo, *least_group), bytes_at(linears, recipe, hi)
     if least > n_bytes:
         raise RequestError(_out_of_reach(budget, "below", lo, least, "raise it, or lower lo"))
     if most < n_bytes:

@@ -152,7 +152,9 @@ def _decisions(journal: Journal) -> dict[str, Any]:
     allocation, training = journal.folder / ALLOCATION, journal.folder / TRAINING
     found = read_json(training) if training.exists() else {}
     if allocation.exists():
-        found["allocation"] = {key: value for key, value in read_json(allocation).items() if key != "widths"}
+        found["allocation"] = {
+            key: value for key, value in read_json(allocation).items() if key not in ("widths", "group_sizes")
+        }
     return found
 
 

@@ -24,6 +24,7 @@ from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear, kind_of
 from quantkit.pipeline.allocate import Allocator, ScoredBlock, needs_activations
 from quantkit.pipeline.attend import AttentionWatch
+from quantkit.pipeline.budget import Choice
 from quantkit.pipeline.factorize import factorize_linear, ranks_of
 from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.modality import modality_errors, probes, token_weights
@@ -59,7 +60,7 @@ class Walk:
         self.hidden = HiddenStates(self.offload, journal.folder)
         self.float_hidden: HiddenStates | None = None  # the float model's, where the recipe aims at its outputs
         self.calls: BlockCalls | None = None
-        self.widths: dict[str, int] = {}  # of each linear, where the recipe mixes them
+        self.choices: dict[str, Choice] = {}  # of each linear, where the recipe mixes widths
         self.ranks: dict[str, Rank] = {}  # of each linear, where weights become factors
         self.heads: dict[str, list[HeadFactors]] = {}  # solver=boa: what attention does with a linear's outputs
 
@@ -76,7 +77,7 @@ class Walk:
             self.skeleton.check_surroundings()
         if self.recipe.mixes_widths:
             allocator = Allocator(self.recipe, blocks, self.seed, self.listener)
-            self.widths = allocator.widths(self.journal.folder, self._original_blocks())
+            self.choices = allocator.choices(self.journal.folder, self._original_blocks())
         if self.recipe.stores_signs:
             self.ranks = ranks_of([linear for block in blocks for linear in block.linears], self.recipe)
         if self.calibration is not None and n_finished < len(blocks):
@@ -310,7 +311,7 @@ class Walk:
             self.listener.note(
                 f"{linear.name}: no calibration token reached it; its inputs are taken as equally important"
             )
-        recipe = self.recipe.at(self.widths[linear.name]) if self.widths else self.recipe
+        recipe = self.recipe.at(*self.choices[linear.name]) if self.choices else self.recipe
         weight: Tensor = module.get_submodule(linear.path).weight  # type: ignore[assignment]
         if self.ranks:
             solved = factorize_linear(linear, weight, statistics, recipe, self.ranks[linear.name])

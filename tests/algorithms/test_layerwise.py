@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import law
 
-from quantkit.algorithms.layerwise import by_importance, lim, marginal_widths, two_widths, zd
+from quantkit.algorithms.layerwise import by_importance, lim, marginal_widths, two_widths, worthwhile, zd
 from quantkit.errors import RequestError
 
 
@@ -183,3 +183,15 @@ def test_a_budget_below_the_lowest_width_is_refused() -> None:
         two_widths([0, 1], [3, 3], [4, 4], budget=5)
     with pytest.raises(RequestError, match="below the 6 bytes"):
         marginal_widths([[1.0, 0.0]] * 2, [[3, 4]] * 2, budget=5)
+
+
+@law
+@given(st.lists(st.tuples(st.floats(0, 100), st.integers(1, 50)), min_size=1, max_size=8))
+def test_worthwhile_choices_are_the_lower_hull(points: list[tuple[float, int]]) -> None:
+    """For any price of a byte the cheapest choice is among them; losses fall and sizes grow along them."""
+    losses, sizes = [loss for loss, _ in points], [size for _, size in points]
+    kept = worthwhile(losses, sizes)
+    for price in (0.0, 0.01, 0.3, 1.0, 7.0, 1000.0):
+        costs = [loss + price * size for loss, size in points]
+        assert min(costs[index] for index in kept) <= min(costs) + 1e-9
+    assert all(sizes[a] < sizes[b] and losses[a] > losses[b] for a, b in pairwise(kept))
