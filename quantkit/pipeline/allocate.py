@@ -7,7 +7,8 @@ with the same widths, and to the final folder's ``report.json``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 
 from quantkit.algorithms.casp import block_influence, expected_losses
 from quantkit.algorithms.grids import GRIDS
-from quantkit.algorithms.layerwise import by_importance, lim, marginal_widths, two_widths, worthwhile, zd
+from quantkit.algorithms.layerwise import (
+    by_importance,
+    lim,
+    marginal_widths,
+    two_widths,
+    ungrouped_step,
+    worthwhile,
+    zd,
+)
 from quantkit.algorithms.luq import KMeansConfig, by_entropy, histogram_entropy, kmeans_labels, label_entropy
 from quantkit.algorithms.rtn import rtn
 from quantkit.calib.statistics import StatisticsRecorder
@@ -140,7 +149,9 @@ def score_block(
         return []
     if recipe.allocator == "zd":
         return [[zd([_weight(block.module, linear) for linear in unit.linears], recipe.two_sided)] for unit in units]
-    if recipe.allocator in ("error", "adaptive"):
+    if recipe.allocator == "adaptive":
+        return _expected_losses(units, block, recipe, budget)
+    if recipe.allocator == "error":
         return _losses(units, block, recipe, budget)
     if recipe.allocator == "lim":
         scores = [float(lim(before.to(after.device), after)) for before, after in block.outcomes]
@@ -278,8 +289,29 @@ def _losses(units: Sequence[Unit], block: ScoredBlock, recipe: Recipe, budget: B
             recorder.next_call()
             if len(probes) < _N_PROBES:
                 probes.append((before.to(after.device, copy=True), after))
-    choices = [recipe.at(*choice) for choice in choices_of(recipe, _widths(recipe, budget))]
-    return [[_loss(block, unit, recorder, probes, choice) for choice in choices] for unit in units]
+    recipes = [recipe.at(bits) for bits in range(budget.lo, budget.hi + 1)]
+    return [[_loss(block, unit, recorder, probes, one) for one in recipes] for unit in units]
+
+
+def _expected_losses(units: Sequence[Unit], block: ScoredBlock, recipe: Recipe, budget: Budget) -> list[Score]:
+    """The loss at the lowest width in groups, as `_losses` measures it, and what other choices will make of it.
+
+    A rounding error grows with the square of the step: a quarter for each further bit; without groups as much more as
+    the rows' ranges are wider than their groups'. Measuring each choice would cost more than quantizing the block.
+    """
+    choices = choices_of(recipe, _widths(recipe, budget))
+    measured = _losses(units, block, recipe.at(budget.lo), replace(budget, hi=budget.lo))
+    scores = []
+    for unit, (loss,) in zip(units, measured, strict=True):
+        wider = 1.0
+        if recipe.group_size is not None:
+            weights = [_weight(block.module, linear) for linear in unit.linears]
+            wider = sum(map(partial(ungrouped_step, group_size=recipe.group_size), weights)) / len(weights)
+        steps = [1.0 if size == recipe.group_size else wider for _, size in choices]
+        scores.append(
+            [loss * 0.25 ** (choice.bits - budget.lo) * step for choice, step in zip(choices, steps, strict=True)]
+        )
+    return scores
 
 
 def _loss(
