@@ -125,19 +125,6 @@ def _best_swap(order: Sequence[int], chosen: set[int], steps: list[int], room: i
     return found
 
 
-def ungrouped_step(weight: Tensor, group_size: int) -> float:
-    """How much larger the mean squared step of a min-max grid is with one scale per row than in groups; at least 1.
-
-    Args:
-        weight: float ``[out_features, in_features]``.
-        group_size: divides in_features.
-    """
-    groups = weight.float().reshape(len(weight), -1, group_size)
-    grouped = (groups.amax(2) - groups.amin(2)).square().mean()
-    rows = (groups.amax((1, 2)) - groups.amin((1, 2))).square().mean()
-    return float(rows / grouped.clamp_min(1e-30)) if grouped > 0 else 1.0
-
-
 def worthwhile(losses: Sequence[float], n_bytes: Sequence[int]) -> list[int]:
     """The choices on the lower convex hull of loss over bytes, cheapest first: no other is ever best per byte.
 

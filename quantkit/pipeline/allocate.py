@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from quantkit.algorithms.layerwise import (
     lim,
     marginal_widths,
     two_widths,
-    ungrouped_step,
     worthwhile,
     zd,
 )
@@ -38,6 +36,7 @@ from quantkit.recipe import Recipe
 
 FILE = "allocation.json"  # of the work folder
 _MAX_TOKENS = 4096  # of a block's outputs that are clustered: seconds per block on a CPU
+_N_ROWS = 64  # of a weight on which allocator=adaptive compares widths and group sizes
 _N_PROBES = 2  # samples on which allocator=error looks at a block's output
 _NO_ACTIVATIONS = ("zd", "random")
 
@@ -296,22 +295,30 @@ def _losses(units: Sequence[Unit], block: ScoredBlock, recipe: Recipe, budget: B
 def _expected_losses(units: Sequence[Unit], block: ScoredBlock, recipe: Recipe, budget: Budget) -> list[Score]:
     """The loss at the lowest width in groups, as `_losses` measures it, and what other choices will make of it.
 
-    A rounding error grows with the square of the step: a quarter for each further bit; without groups as much more as
-    the rows' ranges are wider than their groups'. Measuring each choice would cost more than quantizing the block.
+    A block's output is looked at once per unit, as every look rounds and runs the block; how much better or worse a
+    width or a group size is, the weights themselves tell, on a sample of their rows.
     """
     choices = choices_of(recipe, _widths(recipe, budget))
     measured = _losses(units, block, recipe.at(budget.lo), replace(budget, hi=budget.lo))
     scores = []
     for unit, (loss,) in zip(units, measured, strict=True):
-        wider = 1.0
-        if recipe.group_size is not None:
-            weights = [_weight(block.module, linear) for linear in unit.linears]
-            wider = sum(map(partial(ungrouped_step, group_size=recipe.group_size), weights)) / len(weights)
-        steps = [1.0 if size == recipe.group_size else wider for _, size in choices]
-        scores.append(
-            [loss * 0.25 ** (choice.bits - budget.lo) * step for choice, step in zip(choices, steps, strict=True)]
-        )
+        rows = [_some_rows(_weight(block.module, linear)) for linear in unit.linears]
+        errors = [sum(_rounding_error(part, recipe.at(*choice)) for part in rows) for choice in choices]
+        base = max(errors[choices.index(Choice(budget.lo, recipe.group_size))], 1e-30)
+        scores.append([loss * error / base for error in errors])
     return scores
+
+
+def _some_rows(weight: Tensor) -> Tensor:
+    """Evenly spaced, float32."""
+    return weight[:: max(1, len(weight) // _N_ROWS)][:_N_ROWS].float()
+
+
+def _rounding_error(rows: Tensor, recipe: Recipe) -> float:
+    """Squared, with scales searched for the least of it."""
+    widths = (recipe.width,) * (rows.shape[1] // (recipe.group_size or rows.shape[1]))
+    rounded = rtn(rows, widths, recipe.symmetric, GRIDS["mse"]).dequantize()
+    return float((rounded - rows).square().sum())
 
 
 def _loss(

@@ -15,7 +15,6 @@ from quantkit.algorithms.layerwise import (
     lim,
     marginal_widths,
     two_widths,
-    ungrouped_step,
     worthwhile,
     zd,
 )
@@ -203,13 +202,3 @@ def test_worthwhile_choices_are_the_lower_hull(points: list[tuple[float, int]]) 
         costs = [loss + price * size for loss, size in points]
         assert min(costs[index] for index in kept) <= min(costs) + 1e-9
     assert all(sizes[a] < sizes[b] and losses[a] > losses[b] for a, b in pairwise(kept))
-
-
-def test_step_without_groups() -> None:
-    """One group of two is four times as wide: the row's step is the wide one's, the groups' mean square is 8.5."""
-    narrow = torch.tensor([[0.0, 1.0, 0.5, 0.25]])
-    weight = torch.cat([narrow, 4 * narrow], 1)
-    assert ungrouped_step(weight, 4) == pytest.approx(16 / ((1 + 16) / 2))
-    assert ungrouped_step(narrow, 4) == 1
-    assert ungrouped_step(torch.zeros(2, 8), 4) == 1
-    assert ungrouped_step(normal(32, 256), 32) > 1
