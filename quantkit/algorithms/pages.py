@@ -48,7 +48,10 @@ FIGURES: tuple[Figure, ...] = (
     Figure("gptq", "", "2 per row", 2.030, 8.932, 121.1, "9.474 (GPTQ, searched scales)"),
     Figure("gptq", "transform=hadamard", "2 g128", 2.141, 8.378, 109.72),
     Figure("gptq", "transform=hadamard, rotate_values=true", "2 g128", 2.141, 8.090, 111.80),
-    Figure("refined", "", "2 g128", 2.141, 7.440, None, "8.639 (quick experiment)"),
+    Figure("refined", "", "2 g128", 2.140, 7.182, 92.69, "8.639 (quick experiment)"),
+    Figure("refined", "allocator=uniform", "2 g128", 2.141, 7.440, 103.7, "8.639 (quick experiment)"),
+    Figure("boa", "", "2 per row", 2.030, 8.647, 124.1, "9.430 (authors)"),
+    Figure("turboboa", "", "2 per row", 2.030, 8.279, 116.4, "8.714 (authors)"),
     Figure("slim", "", "2 g128", 2.169, 12.42, 175.2, "13.65 (authors)"),
     Figure("slim", "", "3 g128", 3.148, 5.961, 82.97, "6.445 (authors)"),
     Figure("slim", "grid=hessian", "2 g128", 2.144, 8.276, 117.2),
@@ -105,18 +108,22 @@ PAGES: dict[str, Page] = {
     "refined": Page(
         authors="ours, from published parts: GPTAQ (arXiv:2504.02692), QuantEase (arXiv:2309.01885)",
         what="""
-            GPTQ with four additions. It aims half way between the weights and what would best repair the outputs that
-            the quantized blocks before have changed. It quantizes a block in stages, each on the inputs that the
-            stages before leave. It visits important column groups first. At the end it re-fits scales and revisits
-            codes, in turn.
+            GPTQ with five additions. Each linear gets the width, and groups or one scale per row, that lower the error
+            of its block's output most per byte, within the bytes of uniform widths. It aims half way between the
+            weights and what would best repair the outputs that the quantized blocks before have changed. It quantizes a
+            block in stages, each on the inputs that the stages before leave. It visits important column groups first.
+            At the end it re-fits scales and revisits codes, in turn.
         """,
         when="The default below 4 bits when no method is named. Take `gptq` where time matters more.",
         cost="""
             A float model runs beside the quantized one, and the calibration text runs through a block once per stage:
-            time and memory of several passes instead of one.
+            time and memory of several passes instead of one; a pass of the original model decides the widths.
         """,
-        limits="Aiming all the way (`correction=1`) overfits small calibration sets.",
-        settings=_GPTQ,
+        limits="""
+            Aiming all the way (`correction=1`) overfits small calibration sets. Linears that engines fuse get different
+            widths unless `--set tie=true`.
+        """,
+        settings=("tie", *_GPTQ),
     ),
     "slim": Page(
         authors="Huang et al.: SliM-LLM, salience-driven mixed-precision quantization, ICML 2025",

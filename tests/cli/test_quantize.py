@@ -125,7 +125,7 @@ def test_refusals(inputs: Inputs, tmp_path: Path) -> None:
         ((tmp_path / "nowhere",), 1, f"no folder {tmp_path / 'nowhere'}"),
         ((bare,), 1, "no weights"),
         ((model, "--bits", "9"), 2, "bits must be 1 to 8, not 9"),
-        ((model, "--bits", "2.5"), 2, "--bits 2.5 needs an allocator"),
+        ((model, "--bits", "4.5"), 2, "--bits 4.5 needs an allocator"),
         ((model, "--bits", "two"), 2, "bits are a number from 1 to 8, such as 3 (or 2.5 on average), not 'two'"),
         ((model, "--bits", "3", "--bpw", "3"), 2, "the budget is either bits"),
         ((model, "--bits", "1", "--method", "slim"), 2, "slim works at 2 to 7 bits, not 1"),
