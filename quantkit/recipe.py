@@ -330,6 +330,8 @@ class Recipe:
         if self.solver != "ptq161":
             self._refuse_changed(_PTQ161_SETTINGS, "is a setting of solver=ptq161; use --method ptq161")
             return
+        if self.allocator != "uniform" or self.bpw is not None:
+            raise RequestError("solver=ptq161 spends its bits on salient channels; give it --bits, and no allocator")
         if not 2 <= self.salient_bits <= 8:
             raise RequestError(f"salient_bits is a width of 2 to 8 bits, not {self.salient_bits}")
         if self.bits > self.salient_bits:
@@ -341,8 +343,6 @@ class Recipe:
             raise RequestError("solver=ptq161 has one scale of each kind per row; use --group-size 0")
         if self.symmetric:
             raise RequestError("solver=ptq161 needs a free zero for its salient channels; leave symmetric false")
-        if self.allocator != "uniform" or self.bpw is not None:
-            raise RequestError("solver=ptq161 spends its bits on salient channels; give it --bits, and no allocator")
         if self.factorizes:
             raise RequestError("solver=ptq161 stores signs, not low-rank factors; leave keep_ratio 1")
         if self.act_order != "none":

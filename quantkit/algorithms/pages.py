@@ -55,6 +55,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("slim", "", "2 g128", 2.169, 12.42, 175.2, "13.65 (authors)"),
     Figure("slim", "", "3 g128", 3.148, 5.961, 82.97, "6.445 (authors)"),
     Figure("slim", "grid=hessian", "2 g128", 2.144, 8.276, 117.2),
+    Figure("ptq161", "", "1.6", 1.703, 11.15, 162.1, "23.06 (authors, 1.712 bpw)"),
     Figure("layerwise", "", "2.5 g128", 2.644, 6.581, 87.6),
     Figure("layerwise", "allocator=zd", "2.5 g128", 2.644, 6.466, 81.9),
     Figure("layerwise", "allocator=random, five draws, the best", "2.5 g128", 2.644, 6.56, 88.7),
@@ -189,7 +190,8 @@ PAGES: dict[str, Page] = {
         what="""
             Input channels are either salient, for all rows of a linear, and keep codes of a few bits, or every weight
             of theirs becomes a sign, with a scale and a mean of its row and a scale of its column. `bits` is the
-            average of both: 1.6 is a fifth of the channels at 4 bits. The paper keeps the signs of the weights and
+            average of both: 1.6 is three fifths of the channels at 2 bits, or a fifth at 4, as in the paper
+            (`salient_bits=4`). The paper keeps the signs of the weights and
             trains the scales of each block by gradients. Here signs are chosen with compensation, as GPTQ chooses
             codes, salient channels come last and absorb what signs got wrong, and scales are exact least squares;
             training can follow (`block_steps`).

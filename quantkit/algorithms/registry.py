@@ -69,14 +69,16 @@ METHODS: dict[str, Method] = {
     "ptq161": Method(
         title="PTQ1.61",
         paper="arXiv:2502.13179",
-        summary="A fifth of the input channels at 4 bits, signs elsewhere, with scales of rows and columns.",
+        summary="Salient input channels at a few bits, signs elsewhere, with scales of rows and columns.",
         defaults={
             "solver": "ptq161",
             "bits": 1.6,
             "group_size": None,
+            "salient_bits": 2,
+            "salience": "rms",
+            "damping": 0.1,
             "refine": 2,
             "correction": 0.5,
-            "sequential": True,
         },
         formats=("sign_salient",),
         bits=(1, 4),
