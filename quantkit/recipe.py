@@ -173,7 +173,7 @@ class Recipe:
     steps: int = field(default=500, metadata={"help": "refine=qat: optimizer steps at most"})
     batch: int = field(default=8, metadata={"help": "refine=qat: sequences at a time, on each GPU"})
     accumulate: int = field(default=1, metadata={"help": "refine=qat: such batches per step"})
-    lr: float = field(default=1e-3, metadata={"help": "refine=qat: highest learning rate, of the signs' latents"})
+    lr: float = field(default=2e-4, metadata={"help": "refine=qat: highest learning rate, of the signs' latents"})
     intermediate: float = field(default=1.0, metadata={"help": "refine=qat: weight of the blocks' outputs in the loss"})
     train_samples: int | None = field(
         default=None, metadata={"help": "refine=qat: training sequences of the calibration text; none: --n-samples"}
