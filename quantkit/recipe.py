@@ -3,11 +3,12 @@
     resolve("slim", {"bits": 2})                                  the paper's combination
     resolve("slim", {"bits": 2, "settings": ["grid=hessian"]})    the same with another grid
 
-Everything is checked here, before any tensor is read.
+Everything is checked (`quantkit.recipe_rules`) before any tensor is read.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,23 +17,10 @@ from typing import Any
 
 import yaml
 
-from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, REFINEMENTS, SOLVERS, TRANSFORMS
+from quantkit.algorithms.registry import METHODS
 from quantkit.errors import FileError, RequestError, did_you_mean
+from quantkit.recipe_rules import BASES, RESTORE_SETTINGS, check
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "transform": tuple(TRANSFORMS),
-    "allocator": tuple(ALLOCATORS),
-    "granularity": ("block", "linear"),
-    "entropy": ("kmeans", "histogram"),
-    "grid": tuple(GRID_CHOICES),
-    "solver": tuple(SOLVERS),
-    "act_order": ("none", "group", "full"),
-    "criterion": ("mse", "kl"),
-    "qk_metric": ("outputs", "logits"),
-    "tokens": ("all", "text", "image"),
-    "salience": ("hessian", "rms", "absmax"),
-    "block_scales": ("all", "paper"),
-}
 _OPTIONAL: dict[str, type] = {  # may be null
     "bits": float,
     "bpw": float,
@@ -43,50 +31,7 @@ _OPTIONAL: dict[str, type] = {  # may be null
     "train_samples": int,
     "sign_rounds": int,
 }
-BASES = ("gptq", "rtn", "refined", "slim")  # methods without an allocator over blocks, for one linear after the other
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
-_LINEAR_ALLOCATORS = ("zd", "error", "adaptive", "random")  # those that can tell the linears of a block apart
-_TRAINING_SETTINGS = (
-    "steps",
-    "batch",
-    "accumulate",
-    "lr",
-    "intermediate",
-    "train_samples",
-    "check_every",
-    "patience",
-)
-_LITTLEBIT_SETTINGS = ("paths", "sign_rounds", *_TRAINING_SETTINGS)
-_NOT_LITTLEBIT = (
-    "symmetric",
-    "allocator",
-    "grid",
-    "act_order",
-    "correction",
-    "sequential",
-    "group_size",
-    "keep_ratio",
-)
-_BOA_SETTINGS = (
-    "row_damping",
-    "block_v",
-    "v_row_factor",
-    "qk_metric",
-    "center_keys",
-    "row_order",
-    "joint_rows",
-    "late_grids",
-)
-_RESTORE_SETTINGS = ("restore_steps", "restore_rank", "restore_lr")
-_PTQ161_SETTINGS = (
-    "salient_bits",
-    "salience",
-    "compensate",
-    "block_steps",
-    "block_lr",
-    "block_scales",
-    "block_angular",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,207 +127,9 @@ class Recipe:
     patience: int = field(default=5, metadata={"help": "refine=qat: checks without improvement that end it; 0: never"})
 
     def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise RequestError(f"unknown {name} {value!r}; {did_you_mean(str(value), known)}")
-        low, high = METHODS[self.method].bits if self.method in METHODS else (1, 8)
-        if not self.stores_signs and not 1 <= self.bits <= 8:
-            below = "; --method littlebit goes below 1" if 0 < self.bits < 1 else ""
-            raise RequestError(f"bits must be 1 to 8, not {self.bits:g}{below}")
-        if self.bits == int(self.bits):
+        if math.isfinite(self.bits) and self.bits == int(self.bits):
             object.__setattr__(self, "bits", int(self.bits))  # 2.0 is 2, in JSON and in names too
-        if not low <= self.bits <= high:
-            raise RequestError(f"{self.method} works at {low:g} to {high:g} bits, not {self.bits:g}")
-        if self.group_size is not None and self.group_size < 1:
-            raise RequestError(f"group_size must be positive, or 0 for one group per row, not {self.group_size}")
-        for name in ("damping", "row_damping"):
-            if not 0 <= (value := getattr(self, name)) <= 100:
-                raise RequestError(f"{name} is a fraction of mean(diag(H)), 0 to 100, not {value:g}")
-        for name in ("embedding_bits", "head_bits"):
-            if getattr(self, name) not in (0, 4, 8):
-                raise RequestError(f"{name} is 0 (16 bits, as it is), 4 or 8, not {getattr(self, name)}")
-        self._check_littlebit()
-        self._check_combination()
-        self._check_modalities()
-        self._check_factors()
-        self._check_boa()
-        self._check_ptq161()
-        self._check_widths()
-
-    def _check_littlebit(self) -> None:
-        if not self.stores_signs:
-            if isinstance(self.refine, str):
-                raise RequestError(
-                    f"refine is a number of rounds, not {self.refine!r}; names go with --method littlebit"
-                )
-            self._refuse_changed(_LITTLEBIT_SETTINGS, "is a setting of solver=littlebit; use --method littlebit")
-            return
-        if not isinstance(self.refine, str) or self.refine not in REFINEMENTS:
-            known = ", ".join(REFINEMENTS)
-            raise RequestError(f"refine is one of {known} with solver=littlebit, not {self.refine!r}")
-        for name in _NOT_LITTLEBIT:
-            if getattr(self, name) != (None if name == "group_size" else Recipe.__dataclass_fields__[name].default):
-                raise RequestError(f"{name} is about codes on a grid; solver=littlebit stores sign factors")
-        if self.bpw is not None and not 0.05 <= self.bpw <= 2:
-            raise RequestError(f"littlebit works at 0.05 to 2 bits, not {self.bpw:g}")
-        if self.paths not in (1, 2):
-            raise RequestError(f"paths is 1, or 2 with the residual, not {self.paths}")
-        if self.sign_rounds is not None and not 0 <= self.sign_rounds <= 100:
-            raise RequestError(f"sign_rounds is a number of rounds, 0 to 100, not {self.sign_rounds}")
-        self._check_training()
-
-    def _check_training(self) -> None:
-        if not self.trains:
-            self._refuse_changed(_TRAINING_SETTINGS, "is a setting of training; add --set refine=qat")
-            return
-        if self.transform != "none":
-            raise RequestError(
-                f"transform={self.transform} does not go with refine=qat, which trains the model as it is"
-            )
-        for name in ("steps", "batch", "accumulate", "check_every"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.train_samples is not None and self.train_samples < 2:
-            raise RequestError(f"train_samples must be at least 2 (one is held out), not {self.train_samples}")
-        if not 0 < self.lr <= 1:
-            raise RequestError(f"lr is a learning rate above 0, at most 1, not {self.lr:g}")
-        if self.intermediate < 0 or self.patience < 0:
-            raise RequestError("intermediate and patience cannot be negative")
-
-    def _refuse_changed(self, names: Sequence[str], why: str) -> None:
-        for item in fields(self):
-            if item.name in names and getattr(self, item.name) != item.default:
-                raise RequestError(f"{item.name} {why}")
-
-    def _check_combination(self) -> None:
-        if self.allocator == "sba" and not 2 <= self.bits <= 7:
-            raise RequestError(f"allocator=sba mixes bits - 1 and bits + 1: it works at 2 to 7 bits, not {self.bits}")
-        if self.allocator == "sba" and self.symmetric:
-            raise RequestError("allocator=sba with symmetric grids is not supported: its 1-bit groups need a free zero")
-        if self.allocator == "sba" and self.group_size is None:
-            raise RequestError("allocator=sba needs groups: its unit is a group of columns; use --group-size 128")
-        self._check_restore()
-        if self.rotate_values and self.transform != "hadamard":
-            raise RequestError("rotate_values is a part of transform=hadamard; set both")
-        if self.act_order != "none" and self.solver == "rtn":
-            raise RequestError("act_order orders the compensation of errors; solver=rtn compensates none")
-        if not 0 <= self.correction <= 1:
-            raise RequestError(f"correction is a share of the way, 0 to 1, not {self.correction:g}")
-        if self.correction and self.solver == "rtn":
-            raise RequestError("correction changes what a compensating solver aims at; solver=rtn compensates nothing")
-        if isinstance(self.refine, int) and not 0 <= self.refine <= 100:
-            raise RequestError(f"refine is a number of rounds, 0 to 100, not {self.refine}")
-
-    def _check_modalities(self) -> None:
-        if self.vision_bits not in (None, 4, 8):
-            raise RequestError(f"vision_bits must be 8 or 4, or none for 16 bits, not {self.vision_bits}")
-        if not 0 < self.image_weight <= 1000:
-            raise RequestError(
-                f"image_weight must be above 0 and at most 1000, not {self.image_weight:g}; "
-                "to leave image tokens out, use tokens=text"
-            )
-        if not self.weighs_tokens:
-            return
-        if self.tokens != "all" and self.image_weight != 1:
-            raise RequestError(f"image_weight weighs image tokens against text tokens; tokens={self.tokens} keeps one")
-        if not self.needs_calibration:
-            raise RequestError("tokens and image_weight choose what statistics count; this recipe gathers none")
-        if self.solver == "boa":
-            raise RequestError("solver=boa looks at whole attention maps; tokens and image_weight do not go with it")
-
-    def _check_factors(self) -> None:
-        if not 0 < self.keep_ratio <= 1:
-            raise RequestError(f"keep_ratio is a share of the weights, above 0 and at most 1, not {self.keep_ratio:g}")
-        if not 1 <= self.qk_bits <= 8:
-            raise RequestError(f"qk_bits must be 1 to 8, not {self.qk_bits}")
-        if self.base and not self.mixes_widths:
-            raise RequestError(f"base is the method below an allocator over blocks; use --method {self.base} alone")
-        if self.base and self.base not in BASES:
-            raise RequestError(f"base={self.base} cannot be combined; {did_you_mean(self.base, BASES)}")
-        if self.base:
-            self.at(2)  # its own checks
-        if not self.factorizes:
-            return
-        if self.solver == "boa":
-            raise RequestError("solver=boa rounds queries and keys head by head; low-rank factors have none, so choose")
-        if self.granularity == "linear" or self.allocator == "error":
-            raise RequestError(
-                "keep_ratio fixes what queries and keys store; use an allocator over blocks: casp, lim, zd, luq, random"
-            )
-
-    def _check_boa(self) -> None:
-        if self.solver == "boa":
-            return
-        self._refuse_changed(_BOA_SETTINGS, "is a setting of solver=boa; use --method boa")
-
-    def _check_restore(self) -> None:
-        if self.transform != "restore":
-            self._refuse_changed(_RESTORE_SETTINGS, "is a setting of transform=restore; set both")
-            return
-        for name in ("restore_steps", "restore_rank"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not 0 < self.restore_lr <= 1:
-            raise RequestError(f"restore_lr is a learning rate above 0, at most 1, not {self.restore_lr:g}")
-
-    def _check_ptq161(self) -> None:
-        if self.solver != "ptq161":
-            self._refuse_changed(_PTQ161_SETTINGS, "is a setting of solver=ptq161; use --method ptq161")
-            return
-        if self.allocator != "uniform" or self.bpw is not None:
-            raise RequestError("solver=ptq161 spends its bits on salient channels; give it --bits, and no allocator")
-        if not 2 <= self.salient_bits <= 8:
-            raise RequestError(f"salient_bits is a width of 2 to 8 bits, not {self.salient_bits}")
-        if self.bits > self.salient_bits:
-            raise RequestError(
-                f"solver=ptq161 mixes signs and {self.salient_bits}-bit channels: 1 to {self.salient_bits} bits on "
-                f"average, not {self.bits:g}"
-            )
-        if self.group_size is not None:
-            raise RequestError("solver=ptq161 has one scale of each kind per row; use --group-size 0")
-        if self.symmetric:
-            raise RequestError("solver=ptq161 needs a free zero for its salient channels; leave symmetric false")
-        if self.factorizes:
-            raise RequestError("solver=ptq161 stores signs, not low-rank factors; leave keep_ratio 1")
-        if self.act_order != "none":
-            raise RequestError("solver=ptq161 has an order of its own, salient channels last; leave act_order none")
-        if not 0 <= self.block_steps <= 1_000_000:
-            raise RequestError(f"block_steps is a number of steps, 0 or more, not {self.block_steps}")
-        if not 0 < self.block_lr <= 1:
-            raise RequestError(f"block_lr is a learning rate above 0, at most 1, not {self.block_lr:g}")
-
-    def _check_widths(self) -> None:
-        if self.solver == "ptq161" or self.stores_signs:
-            return
-        if not self.mixes_widths:
-            budget = f"--bpw {self.bpw:g}" if self.bpw is not None else f"--bits {self.bits}"
-            if self.bpw is not None or self.bits != int(self.bits):
-                raise RequestError(
-                    f"{budget} needs an allocator: allocator={self.allocator} gives every layer the same whole number "
-                    "of bits on average; use --method layerwise, or --set allocator=lim, zd, luq, error or adaptive"
-                )
-            for name, unset in (("lo", None), ("hi", None), ("reverse", False)):
-                if getattr(self, name) is not unset:
-                    raise RequestError(
-                        f"{name} is a setting of the allocators lim, zd, luq, casp, error, adaptive and random"
-                    )
-            return
-        lo = 1 if self.lo is None else self.lo
-        hi = 8 if self.hi is None else self.hi
-        if not 1 <= lo < hi <= 8:
-            raise RequestError(f"lo and hi are widths from 1 to 8, lo below hi, not {lo} and {hi}")
-        if self.bpw is None and not lo <= self.bits <= hi:
-            raise RequestError(f"an average of {self.bits} bits does not lie between lo={lo} and hi={hi}")
-        if self.granularity == "linear" and self.allocator not in _LINEAR_ALLOCATORS:
-            raise RequestError(
-                f"allocator={self.allocator} scores what enters and leaves whole blocks; "
-                f"with granularity=linear use allocator={' or '.join(_LINEAR_ALLOCATORS)}"
-            )
-        if self.reverse and self.allocator in ("error", "adaptive", "casp"):
-            raise RequestError(
-                f"reverse turns a ranking around; allocator={self.allocator} weighs losses against bytes instead"
-            )
+        check(self)
 
     @property
     def stores_signs(self) -> bool:
@@ -475,7 +222,7 @@ class Recipe:
 
     def without_transform(self) -> Recipe:
         """Of the first pass of ``transform=restore``."""
-        defaults: dict[str, Any] = {item.name: item.default for item in fields(self) if item.name in _RESTORE_SETTINGS}
+        defaults: dict[str, Any] = {item.name: item.default for item in fields(self) if item.name in RESTORE_SETTINGS}
         return replace(self, transform="none", **defaults)
 
     @property
