@@ -342,7 +342,7 @@ SPEC = {"format": "grouped_int", "out_features": 64, "in_features": 64, "group_s
         ({"prefix": ""}, "q_proj: prefix must be a name"),
         ({"prefix": 3}, "q_proj: prefix must be a name"),
         ({"spec": []}, "q_proj: prefix must be a name and spec an object"),
-        ({"spec": {"format": "low_rank"}}, "q_proj: unknown storage format 'low_rank'; known: grouped_int"),
+        ({"spec": {"format": "codebook"}}, "q_proj: unknown storage format 'codebook'; known: grouped_int"),
         ({"spec": {**SPEC, "segments": [[2, 1], [3, 1]], "act_order": True}}, r"q_proj: .* fields \['act_order'\]"),
         ({"spec": SPEC}, r"q_proj: .*unknown or missing fields \['segments'\]"),
         ({"spec": {**SPEC, "segments": [[2, 1]]}}, "q_proj: grouped_int: inconsistent"),
