@@ -180,10 +180,10 @@ PAGES: dict[str, Page] = {
             corrected already, and the target contains a part of the error of the blocks before. At the end scales are
             re-fitted and codes revisited, across the rows of a head.
         """,
-        when="Instead of `boa`, where its steps in sequence are what takes time, as on a GPU.",
+        when="Instead of `boa` at 2 bits in groups; with one scale per row the two are level.",
         cost="""
-            Rows taken together save steps, the refinement costs more than that: about 1.6 times `boa` on a model of 28 M
-            parameters. A float model runs beside the quantized one.
+            Rows taken together save steps, the refinement costs more than that: about 1.6 times `boa` on a model of
+            28 M parameters. A float model runs beside the quantized one.
         """,
         limits="Those of `boa`.",
         settings=("row_damping", "joint_rows", "late_grids", "qk_metric", "block_v", *_GPTQ),

@@ -14,7 +14,6 @@ from quantized_models import (
     Events,
     Interrupted,
     StopAfter,
-    calibration_text,
     sha256_of,
     small_request,
     small_run,
@@ -41,16 +40,6 @@ from quantkit.recipe import Recipe, recipe_from_json, resolve
 
 N = 4
 ROUNDED = ("solver=rtn", "grid=minmax")  # where only the allocation is looked at
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from quantized_models import (
     Events,
-    calibration_text,
     dense_model,
     logits,
     quantized_weights,
@@ -29,16 +28,6 @@ from quantkit.formats.checkpoint import find_tensors, read_tensor, write_tensors
 from quantkit.formats.files import read_json, write_json
 from quantkit.pipeline import run
 from quantkit.pipeline.journal import work_folder
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 @pytest.fixture(scope="module")

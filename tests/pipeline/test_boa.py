@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_models import Events, calibration_text, dense_model, logits, quantized_weights, sha256_of, small_run
+from quantized_models import Events, dense_model, logits, quantized_weights, sha256_of, small_run
 from tiny_models import FAMILIES, build, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BloomConfig
 
@@ -17,16 +17,6 @@ from quantkit.recipe import resolve
 
 SAME = ["damping=0.1"]  # what boa sets for all linears
 ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_models import Events, Interrupted, StopAfter, calibration_text, dense_model, sha256_of, small_run
+from quantized_models import Events, Interrupted, StopAfter, dense_model, sha256_of, small_run
 from tiny_models import tiny_model
 from tiny_vision import picture_folder, picture_run, tiny_vision_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -26,18 +26,8 @@ HALF = ["keep_ratio=0.5"]  # a quarter of the tiny model's keys leaves no rank
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
 def pictures(models: Path) -> Path:
     return picture_folder(models)
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 def assert_computes_with_its_weights(source: Path, output: Path, kind: Any) -> None:

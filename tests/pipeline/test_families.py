@@ -10,7 +10,6 @@ import torch
 from quantized_models import (
     Interrupted,
     StopAfter,
-    calibration_text,
     dense_model,
     logits,
     quantized_weights,
@@ -27,16 +26,6 @@ from quantkit.formats.files import read_json
 from quantkit.runtime.packed_linear import PackedLinear
 
 LINEARS = {"phi3": 4, "opt": 6, "gpt_neox": 4, "qwen3_moe": 16}  # of one block; 7 in the other families
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 def assert_computes_with_its_weights(source: Path, output: Path) -> PreTrainedModel:

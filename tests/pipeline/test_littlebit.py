@@ -10,7 +10,6 @@ import torch
 from quantized_models import (
     Interrupted,
     StopAfter,
-    calibration_text,
     dense_model,
     dense_weight,
     logits,
@@ -51,16 +50,6 @@ def request(
 def littlebit(model: Path, output: Path, text: Path, *settings: str, **options: Any) -> QuantizeResult:
     listener = options.pop("listener", None)
     return run(request(model, output, text, *settings, **options), listener)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 @pytest.fixture(scope="module")

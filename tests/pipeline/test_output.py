@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_models import calibration_text, quantized_weights, sha256_of, small_run
+from quantized_models import quantized_weights, sha256_of, small_run
 from tiny_models import tiny_model
 
 import quantkit
@@ -17,16 +17,6 @@ from quantkit.formats.checkpoint import find_tensors, open_folder, read_tensor, 
 from quantkit.formats.files import read_json
 from quantkit.formats.grouped_int import pack
 from quantkit.runtime.loading import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from packed_weights import random_weight
 from quantized_models import (
     Interrupted,
     StopAfter,
-    calibration_text,
     logits,
     quantized_weights,
     sha256_of,
@@ -34,16 +33,6 @@ from quantkit.runtime.packed_linear import PackedLinear
 
 BOTH = ["embedding_bits=8", "head_bits=8"]
 TABLE = {bits: VOCAB * HIDDEN * bits // 8 + VOCAB * (2 + bits / 8) for bits in (4, 8)}  # one group of 64 columns
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 @pytest.fixture(scope="module")

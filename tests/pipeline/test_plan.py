@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_models import calibration_text, sha256_of, small_request
+from quantized_models import sha256_of, small_request
 from tiny_models import FAMILIES, tiny_model
 
 from quantkit.errors import FileError, QuantkitError, RequestError
@@ -17,16 +17,6 @@ from quantkit.formats.safetensors_io import write_tensors
 from quantkit.pipeline import Plan, dry_run, run
 from quantkit.pipeline.journal import work_folder
 from quantkit.pipeline.plan import Room, check_room, measure_room
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from quantized_models import (
     Events,
     Interrupted,
     StopAfter,
-    calibration_text,
     dense_model,
     logits,
     quantized_weights,
@@ -29,16 +28,6 @@ from quantkit.pipeline import QuantizeResult, dry_run
 PTQ161: dict[str, Any] = {"bits": 1.6, "group_size": None}
 ALONE = ["correction=0.0", "sequential=false"]  # no float model beside
 TRAINED = ["block_steps=6", "correction=0.5", "sequential=true"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 @pytest.fixture(scope="module")

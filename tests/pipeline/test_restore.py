@@ -10,7 +10,6 @@ import torch
 from quantized_models import (
     Events,
     Interrupted,
-    calibration_text,
     dense_model,
     logits,
     quantized_weights,
@@ -28,16 +27,6 @@ from quantkit.pipeline.restore import FILE, LowRank, Restored, attached, tune
 from quantkit.recipe import resolve
 
 SETTINGS = ["transform=restore", "restore_steps=4", "restore_lr=1e-2", "restore_rank=8"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 @pytest.fixture(scope="module")

@@ -26,16 +26,6 @@ N_BLOCKS = 3
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
-
-
-@pytest.fixture(scope="module")
 def source(models: Path) -> Path:
     return tiny_model("llama", models, num_hidden_layers=N_BLOCKS)
 

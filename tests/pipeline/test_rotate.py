@@ -9,7 +9,6 @@ import pytest
 import torch
 from quantized_models import (
     Events,
-    calibration_text,
     dense_model,
     dense_weight,
     logits,
@@ -44,16 +43,6 @@ EXACT: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "mixtral": {},
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,6 @@ from quantized_models import (
     Events,
     Interrupted,
     StopAfter,
-    calibration_text,
     dense_model,
     quantized_weights,
     sha256_of,
@@ -45,18 +44,8 @@ from quantkit.runtime.packed_linear import PackedLinear
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
 def pictures(models: Path) -> Path:
     return picture_folder(models)
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 def picture_inputs(family: str, pictures: Path) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ import torch
 from quantized_models import (
     SMALL,
     Events,
-    calibration_text,
     dense_model,
     dense_weight,
     quantized_weights,
@@ -29,16 +28,6 @@ from quantkit.models.structure import Linear
 from quantkit.pipeline import default_output, run
 from quantkit.pipeline.solve import solve_linear
 from quantkit.recipe import Recipe
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture(scope="module")
-def text(models: Path) -> Path:
-    return calibration_text(models)
 
 
 @pytest.fixture(scope="module")
