@@ -38,8 +38,9 @@ check: $(VENV)/.installed-dev  ## Format, lint, types, import contract, then the
 gpu:  ## The GPU suite, with the Python that has a CUDA torch
 	$(PYTHON) -m pytest -m gpu
 
-bench:  ## Kernel timings against what else is installed
-	$(PYTHON) benchmarks/bench_grouped_int.py
+bench:  ## Timings of kernels and of decoding, against what else is installed; needs a GPU
+	$(PYTHON) -m quantkit bench kernels
+	$(PYTHON) -m quantkit bench decode
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,36 +1,52 @@
-"""``quantkit bench``: how fast our kernels are, beside the stock ones, on this machine's GPU."""
+"""``quantkit bench``: how fast our kernels and whole models are, beside the stock ones, on this machine's GPU."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from quantkit.cli.options import Debug, Json
-from quantkit.cli.screen import busy, print_json, results, table
+from quantkit.cli.options import ADVANCED, Debug, Json
+from quantkit.cli.screen import busy, note, print_json, results, table
+from quantkit.errors import RequestError
 
-
-class Subject(StrEnum):
-    """What can be measured."""
-
-    attention = "attention"
-
+bench = typer.Typer(
+    help="Measure kernels and decoding on the GPU, side by side with the stock ones.", no_args_is_help=True
+)
 
 Contexts = Annotated[list[int] | None, typer.Option("--context", metavar="N", help="Cached tokens. Repeatable.")]
 Groups = Annotated[list[int] | None, typer.Option("--group", metavar="G", help="Query heads per KV head. Repeatable.")]
 Specs = Annotated[list[str] | None, typer.Option("--kv", metavar="SPEC", help="KV policies to compare. Repeatable.")]
+Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="OUTxIN", help="Shape of a weight. Repeatable.")]
+Bits = Annotated[list[int] | None, typer.Option("--bits", metavar="N", help="The format intN. Repeatable.")]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option("--format", metavar="NAME", help="int1 to int8, int4-zeros, slim-2, ptq161, ... Repeatable."),
+]
+Tokens = Annotated[list[int] | None, typer.Option("--tokens", metavar="M", help="Rows of activations. Repeatable.")]
+Peers = Annotated[
+    str | None, typer.Option("--peers", metavar="NAMES", help="tinygemm, gemlite, humming, or none; comma between.")
+]
+Search = Annotated[
+    bool,
+    typer.Option("--search", help="Let peers search their whole list of settings.", rich_help_panel=ADVANCED),
+]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the result (needs matplotlib).")]
+
+Variants = Annotated[
+    list[str] | None,
+    typer.Option("--variant", metavar="NAME", help="bf16, int2, int4, ptq161, littlebit-0.55, ... Repeatable."),
+]
+Folders = Annotated[list[str] | None, typer.Option("--model", metavar="FOLDER", help="A model folder. Repeatable.")]
 
 
-def bench(
-    subject: Annotated[Subject, typer.Argument(help="attention: one decode step over a quantized KV cache.")],
-    context: Contexts = None,
-    group: Groups = None,
-    kv: Specs = None,
-    as_json: Json = False,
-    debug: Debug = False,
+@bench.command(epilog="Example: quantkit bench attention --json")
+def attention(
+    context: Contexts = None, group: Groups = None, kv: Specs = None, as_json: Json = False, debug: Debug = False
 ) -> None:
-    """Measure kernels on the GPU, side by side with the stock ones."""
+    """One decode step over a quantized KV cache."""
     from quantkit.evaluation.attention_speed import bench_attention
 
     busy("measuring")
@@ -39,10 +55,134 @@ def bench(
     if as_json:
         print_json(report)
     else:
-        _show(report)
+        _show_attention(report)
 
 
-def _show(report: dict[str, Any]) -> None:
+@bench.command(epilog="Example: quantkit bench kernels --shape 4096x4096 --bits 4 --tokens 1")
+def kernels(
+    shape: Shapes = None,
+    bits: Bits = None,
+    format: Formats = None,
+    tokens: Tokens = None,
+    peers: Peers = None,
+    plot: Plot = None,
+    as_json: Json = False,
+    search: Search = False,
+    debug: Debug = False,
+) -> None:
+    """Products with packed weights, beside cuBLAS and the low-bit kernels that are installed."""
+    from quantkit.evaluation.kernel_speed import bench_kernels
+
+    named = [*(f"int{width}" for width in bits or ()), *(format or ())]
+    given = {"shapes": [_parse_shape(text) for text in shape or ()], "formats": named, "tokens": tokens}
+    if peers is not None:
+        given["peers"] = [name for name in peers.split(",") if name != "none"]
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value or name == "peers"}
+    busy("measuring")
+    report = bench_kernels(**chosen, search=search, progress=lambda cell: note(_cell_line(cell)))
+    if plot is not None:
+        from quantkit.evaluation.speed_plot import plot_kernels
+
+        plot_kernels(report, plot)
+    if as_json:
+        print_json(report)
+    else:
+        _show_kernels(report)
+
+
+@bench.command(epilog="Example: quantkit bench decode --variant bf16 --variant int2")
+def decode(
+    variant: Variants = None,
+    model: Folders = None,
+    context: Annotated[int, typer.Option(metavar="N", help="Tokens in the cache.")] = 128,
+    max_length: Annotated[int, typer.Option(metavar="N", help="Tokens the cache has room for.")] = 1024,
+    eager: Annotated[bool, typer.Option("--eager", help="The step without a graph, too.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="The step compiled by torch.compile, too.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Milliseconds per token of whole models of the shape of Llama 3 8B, batch 1, beside bfloat16."""
+    from quantkit.evaluation.decode_speed import VARIANTS, bench_decode
+
+    busy("measuring")
+    report = bench_decode(
+        variant or ([] if model else tuple(VARIANTS)),
+        model or [],
+        context=context,
+        max_length=max_length,
+        eager=eager,
+        compile=compile,
+        progress=lambda row: note(f"{row['name']} {row['mode']}: {row['milliseconds']:.3f} ms per token"),
+    )
+    if as_json:
+        print_json(report)
+    else:
+        _show_decode(report)
+
+
+def _parse_shape(text: str) -> tuple[int, int]:
+    """
+    >>> _parse_shape("14336x4096")
+    (14336, 4096)
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise RequestError(f"a shape is rows x columns, such as 14336x4096, not {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _cell_line(cell: dict[str, Any]) -> str:
+    times = ", ".join(f"{each['name']} {each['microseconds']:.2f}" for each in cell["results"])
+    shape = f"{cell['out_features']}x{cell['in_features']}"
+    return f"{shape} {cell['format']}, {cell['tokens']} tokens: {times} µs"
+
+
+def _show_kernels(report: dict[str, Any]) -> None:
+    """Losses first."""
+    screen = results()
+    limits = report["ceilings"]
+    screen.print(report["environment"]["device"], style="bold")
+    screen.print(
+        f"copy {limits['copy_tb_s']:.2f} TB/s, read {limits['read_tb_s']:.2f} TB/s, "
+        f"bf16 {limits['bf16_tflop_s']:.0f} TFLOP/s, empty kernel {limits['t0_us']:.2f} µs"
+    )
+    for name, reason in report["peers"].items():
+        if reason is not None:
+            screen.print(f"{name}: absent ({reason})")
+    numbers = ("tokens", "µs", "p10", "p90", "of floor", "best other", "speed-up")
+    made = table("weight", "format", *numbers, "others", numbers=numbers[:-2])
+    for cell in sorted(report["cells"], key=lambda cell: -cell["ratio_to_best_peer"]):
+        ours = cell["results"][0]
+        others = [f"{each['name']} {each['microseconds']:.1f}" for each in cell["results"][1:]]
+        others += [f"{name}: {reason}" for name, reason in cell["failed"].items()]
+        made.add_row(
+            f"{cell['out_features']}x{cell['in_features']}",
+            cell["format"],
+            str(cell["tokens"]),
+            *(f"{ours[key]:.1f}" for key in ("microseconds", "p10", "p90")),
+            f"{cell['fraction_of_floor']:.2f}",
+            cell["best_peer"],
+            f"{1 / cell['ratio_to_best_peer']:.2f}x",
+            ", ".join(others),
+        )
+    screen.print("", made, "")
+
+
+def _show_decode(report: dict[str, Any]) -> None:
+    screen = results()
+    screen.print(report["environment"]["device"], style="bold")
+    numbers = ("ms per token", "p10", "p90", "tokens/s", "GB", "against bf16")
+    made = table("model", "step", *numbers, numbers=numbers)
+    for row in sorted(report["rows"], key=lambda row: row["speedup"] or 0.0):
+        speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
+        times = (f"{row[key]:.3f}" for key in ("milliseconds", "p10", "p90"))
+        made.add_row(
+            row["name"], row["mode"], *times, f"{row['tokens_per_second']:.0f}", f"{row['gigabytes']:.2f}", speedup
+        )
+    screen.print("", made, "")
+
+
+def _show_attention(report: dict[str, Any]) -> None:
     screen = results()
     screen.print(report["device"], style="bold")
     numbers = ("context", "group", "µs", "TB/s", "against best 16-bit")

@@ -102,7 +102,7 @@ app.command("eval", epilog="Example: quantkit eval demo --limit 8")(evaluate)
 app.command(epilog="Example: quantkit inspect demo-gptq-3b --verify")(inspect)
 app.command(epilog="Example: quantkit methods gptq")(methods)
 app.command(epilog='Example: quantkit generate demo --prompt "def main():"')(generate)
-app.command(epilog="Example: quantkit bench attention --json")(bench)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -2,54 +2,38 @@
 
 One decode step of one sequence: queries of one token, 8 KV heads, head dimension 128. Every measured graph works
 through copies of the cache that together exceed the L2 cache by far, so what is read comes from memory. Times are
-medians over replays, with the 10th and 90th percentile; competitors take turns. Every output is compared with attention
-in float32 first.
+those of `gpu_timing`. Every output is compared with attention in float32 first.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.algorithms.kv.registry import parse_kv_spec
-from quantkit.errors import RequestError
+from quantkit.evaluation.gpu_timing import REPLAYS, Call, Competitor, measure, n_copies, require_gpu
 from quantkit.kernels.kv_decode import DecodeConfig, choose_config, decode
 from quantkit.runtime.kv_sequence import SequenceCache
 
 HEADS, HEAD_DIM = 8, 128
-_ROTATED_BYTES = 512 << 20  # copies of a cache together: 10 times the L2 cache of an H200
 _STEP = 4096  # tokens that are appended at a time
-
-Call = Callable[[], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Competitor:
-    """One way to attend: calls on different copies of the same cache, and the bytes that one call must read."""
-
-    name: str
-    calls: list[Call]
-    nbytes: int
 
 
 def bench_attention(
     contexts: Sequence[int] = (8192, 32768, 131072),
     groups: Sequence[int] = (4, 8),
     specs: Sequence[str] = ("akvq-vl:bits=4", "akvq-vl", "zipcache"),
-    replays: int = 30,
+    replays: int = REPLAYS,
 ) -> dict[str, Any]:
     """Times of a decode step, by context length and query heads per KV head.
 
     Raises:
         RequestError: no CUDA device.
     """
-    if not torch.cuda.is_available():
-        raise RequestError("bench attention needs a CUDA device")
+    require_gpu("bench attention")
     cells = []
     for context in contexts:
         keys, values = random_cache(context)
@@ -74,7 +58,7 @@ def stock(query: Tensor, keys: Tensor, values: Tensor) -> list[Competitor]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     nbytes = keys.nbytes + values.nbytes
-    copies = [(keys[None].clone(), values[None].clone()) for _ in range(-(-_ROTATED_BYTES // nbytes))]
+    copies = [(keys[None].clone(), values[None].clone()) for _ in range(n_copies(nbytes))]
     rows = query.reshape(1, -1, 1, HEAD_DIM)
 
     def call(backend: Any, k: Tensor, v: Tensor) -> Call:
@@ -111,7 +95,7 @@ def quantized(
         sequence.append(keys[:, here], values[:, here], keys[:, None, here].float())
     nbytes = sequence.nbytes
     calls = [_call(sequence, query, config)]
-    calls += [_call(sequence.clone(), query, config) for _ in range(-(-_ROTATED_BYTES // nbytes) - 1)]
+    calls += [_call(sequence.clone(), query, config) for _ in range(n_copies(nbytes) - 1)]
     expected = _dense(sequence, query)
     error = float((calls[0]().float() - expected).norm() / expected.norm())
     assert error < 5e-3, (spec, error)
@@ -130,53 +114,3 @@ def _dense(sequence: SequenceCache, query: Tensor) -> Tensor:
     scores = query.float() * HEAD_DIM**-0.5 @ keys.mT
     output: Tensor = scores.softmax(-1) @ values
     return output
-
-
-def measure(competitors: Sequence[Competitor], replays: int) -> list[dict[str, Any]]:
-    """Microseconds per call in CUDA graphs that are replayed in turns."""
-    graphs = [_capture(competitor.calls) for competitor in competitors]
-    times: list[list[float]] = [[] for _ in graphs]
-    for replay in range(replays + 3):
-        for graph, column in zip(graphs, times, strict=True):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
-            if replay >= 3:
-                column.append(start.elapsed_time(stop))
-    results = []
-    for competitor, column in zip(competitors, times, strict=True):
-        column.sort()
-        p10, median, p90 = (column[round(share * (len(column) - 1))] for share in (0.1, 0.5, 0.9))
-        scale = 1e3 / len(competitor.calls)
-        results.append(
-            {
-                "name": competitor.name,
-                "microseconds": median * scale,
-                "p10": p10 * scale,
-                "p90": p90 * scale,
-                "bytes": competitor.nbytes,
-                "terabytes_per_second": competitor.nbytes / (median * scale * 1e6),
-            }
-        )
-    return results
-
-
-def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    gc.disable()  # a kernel that is destroyed during capture ends it
-    try:
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-    finally:
-        gc.enable()
-    return graph

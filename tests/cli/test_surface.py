@@ -25,7 +25,9 @@ VERBS = ("quantize", "eval", "inspect", "methods", "generate")
 
 def describe_surface() -> str:
     lines = []
-    for verb, command in (("", COMMAND), *COMMAND.commands.items()):
+    subjects = COMMAND.commands["bench"].commands.items()
+    verbs = [item for item in COMMAND.commands.items() if item[0] != "bench"]
+    for verb, command in (("", COMMAND), *verbs, *((f"bench {name}", subject) for name, subject in subjects)):
         for parameter in command.params:
             names = ", ".join([*parameter.opts, *parameter.secondary_opts])
             if verb or "completion" not in names:  # those two are Typer's
@@ -59,6 +61,17 @@ def test_help(verb: str) -> None:
     assert short.stdout.rstrip().splitlines()[-1].strip().startswith("Example: quantkit ")
     assert "Options" in short.stdout
     assert "Advanced options" in short.stdout
+
+
+@pytest.mark.parametrize("subject", ["attention", "kernels", "decode"])
+def test_help_of_a_bench(subject: str) -> None:
+    shown = CliRunner().invoke(app, ["bench", subject, "--help"])
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    command = COMMAND.commands["bench"].commands[subject]
+    assert shown.stdout.rstrip().splitlines()[-1].strip() == command.epilog
+    name, verb, given, *arguments = shlex.split(command.epilog.removeprefix("Example: "))
+    assert (name, verb, given) == ("quantkit", "bench", subject)
+    command.make_context(subject, arguments).close()
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,0 +1,132 @@
+"""Greedy decoding with one CUDA graph: a step of a transformers model on a static cache, recorded once and replayed.
+
+    decoder = GraphDecoder(model, max_length=1024)
+    ids = decoder.generate(prompt_ids, max_new_tokens=100)
+
+An eager step of a large language model is some thousand small launches, and the processor takes longer to issue them
+than the device to run them. A graph issues them all at once. What a step needs to know lies on the device: the token,
+the number of cached tokens and the cache, which `transformers.StaticCache` allocates for ``max_length`` tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import RequestError
+
+_CHECK_EVERY = 16  # steps between two looks at the tokens for the end of the text: a look waits for the device
+
+
+class GraphDecoder:
+    """One sequence, the most probable token each time. On the CPU the same steps run without a graph.
+
+    Args:
+        model: a causal language model, packed or not, wholly on one device.
+        max_length: tokens of prompt and continuation together that the cache has room for.
+        compile: compile the step with ``torch.compile`` first, which fuses the small operations between the products
+            (minutes for a large model).
+
+    Raises:
+        RequestError: the model cannot decode on a static cache, or lies on several devices.
+    """
+
+    def __init__(self, model: Any, max_length: int = 2048, *, compile: bool = False) -> None:
+        from transformers import StaticCache
+
+        if len({parameter.device for parameter in model.parameters()}) > 1:
+            raise RequestError("a graph holds one device; load the model with device='cuda' instead of a device map")
+        self.model, self.max_length = model, max_length
+        self.device: torch.device = model.device
+        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        if not all(hasattr(layer, "cumulative_length") for layer in self.cache.layers):
+            raise RequestError(f"{type(model).__name__} has layers without a static cache; use model.generate")
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self.logits: Tensor | None = None  # [1, vocabulary], of the last step
+        self._forward: Callable[..., Any] = torch.compile(model.forward, fullgraph=True) if compile else model.forward
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor) -> None:
+        """Start anew with a prompt ``[1, n]``; the first new token is then in ``token``."""
+        if input_ids.ndim != 2 or len(input_ids) != 1 or not 0 < input_ids.shape[1] < self.max_length:
+            shape = list(input_ids.shape)
+            raise RequestError(f"the prompt is {shape}; one sequence of 1 to {self.max_length - 1} tokens is required")
+        self._rewind(0)
+        self.logits = self._run(self.model.forward, input_ids.to(self.device))
+        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Replace ``token`` by the one that follows it."""
+        if self.device.type != "cuda":
+            self._step()
+            return
+        if self._graph is None:
+            self._record()
+        assert self._graph is not None
+        self._graph.replay()
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None = None) -> Tensor:
+        """``[1, n]`` to ``[1, n + new]``, on the CPU; ends after ``eos_token_id`` or ``max_new_tokens``.
+
+        Raises:
+            RequestError: prompt and continuation do not fit into ``max_length``.
+        """
+        if input_ids.shape[-1] + max_new_tokens > self.max_length:
+            found = f"{input_ids.shape[-1]} + {max_new_tokens} tokens"
+            raise RequestError(f"{found} do not fit into max_length {self.max_length}; make it larger")
+        self.prefill(input_ids)
+        found_tokens = torch.zeros(max_new_tokens, dtype=torch.long, device=self.device)
+        made = 0
+        while made < max_new_tokens:
+            if made:
+                self.step()
+            found_tokens[made] = self.token[0, 0]
+            made += 1
+            if eos_token_id is not None and (made % _CHECK_EVERY == 0 or made == max_new_tokens):
+                ends = (found_tokens[:made] == eos_token_id).nonzero()
+                if len(ends):
+                    made = int(ends[0]) + 1
+                    break
+        return torch.cat([input_ids.cpu(), found_tokens[None, :made].cpu()], 1)
+
+    def _run(self, forward: Callable[..., Any], input_ids: Tensor) -> Tensor:
+        output = forward(input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def _step(self) -> None:
+        self.logits = self._run(self._forward, self.token)
+        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+
+    def _rewind(self, n_tokens: int) -> None:
+        """Forget what is cached beyond ``n_tokens``."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(n_tokens)
+
+    def _record(self) -> None:
+        """Record a step; the trial runs before it leave cache, token and length as they were."""
+        token, n_tokens = self.token.clone(), int(self.cache.layers[0].cumulative_length)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compiles, and lets libraries allocate what they need
+                self._rewind(n_tokens)
+                self._step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._rewind(n_tokens)
+        self.token.copy_(token)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        gc.disable()  # a kernel that is destroyed during capture ends it
+        try:
+            with torch.cuda.graph(graph):
+                self._step()
+        finally:
+            gc.enable()
+        self._graph = graph

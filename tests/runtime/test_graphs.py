@@ -1,0 +1,109 @@
+"""Decoding step by step on a static cache: the tokens of `generate`, and what a graph changes (nothing)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quantkit.errors import RequestError
+from quantkit.evaluation.random_models import random_llama
+from quantkit.runtime.graphs import GraphDecoder
+from quantkit.runtime.packed_linear import PackedLinear
+
+SHAPE = {
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+PROMPT = torch.arange(7, 12)[None]
+
+
+def model_of(format, device="cpu", dtype=torch.float32):
+    return random_llama(SHAPE, format, "int4" if format else None, device=device, dtype=dtype)
+
+
+def reference(model, n_tokens):
+    ids = PROMPT.to(model.device)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, **options).cpu()
+
+
+@pytest.mark.parametrize("format", [None, "int2", "ptq161", "littlebit-0.55"])
+def test_the_tokens_of_generate(format):
+    model = model_of(format)
+    expected = reference(model, 12)
+    decoder = GraphDecoder(model, 32)
+    assert torch.equal(decoder.generate(PROMPT, 12), expected)
+    assert torch.equal(decoder.generate(PROMPT, 5), expected[:, :10])  # what an earlier text left does not matter
+    assert torch.equal(decoder.generate(PROMPT, 27), reference(model, 27))  # to the last place of the cache
+
+
+def test_it_ends_after_the_end_of_the_text():
+    model = model_of(None)
+    expected = reference(model, 20)
+    new = expected[0, 5:].tolist()
+    for token in set(new):
+        found = GraphDecoder(model, 32).generate(PROMPT, 20, eos_token_id=token)
+        assert torch.equal(found, expected[:, : 5 + new.index(token) + 1])
+
+
+def test_logits_of_a_step_are_those_of_the_whole_text():
+    model = model_of("int4")
+    decoder = GraphDecoder(model, 32)
+    decoder.prefill(PROMPT)
+    first = decoder.token.clone()
+    decoder.step()
+    with torch.inference_mode():
+        expected = model(input_ids=torch.cat([PROMPT, first], 1)).logits[:, -1]
+    torch.testing.assert_close(decoder.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [PROMPT[0], PROMPT.repeat(2, 1), PROMPT[:, :0], PROMPT.repeat(1, 7)])
+def test_prompts_that_do_not_fit(prompt):
+    with pytest.raises(RequestError, match="one sequence of 1 to 31 tokens is required"):
+        GraphDecoder(model_of(None), 32).prefill(prompt)
+
+
+def test_more_tokens_than_there_is_room_for():
+    with pytest.raises(RequestError, match=r"5 \+ 28 tokens do not fit into max_length 32; make it larger"):
+        GraphDecoder(model_of(None), 32).generate(PROMPT, 28)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("format", ["int2", "slim-2", "ptq161", "littlebit-0.55"])
+def test_a_step_is_one_graph_under_torch_compile(format, planar):
+    model = model_of(format)
+    for module in model.modules():
+        if planar and isinstance(module, PackedLinear):
+            module.use_planar_form()
+            assert module.is_planar
+    expected = GraphDecoder(model, 32).generate(PROMPT, 4)
+    torch._dynamo.reset()
+    decoder = GraphDecoder(model, 32)
+    decoder._forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(decoder.generate(PROMPT, 4), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("format", [None, "int2", "int4", "slim-2", "ptq161", "littlebit-0.55", "casp-4"])
+def test_a_graph_replays_the_eager_step_bit_for_bit(format):
+    model = random_llama(
+        SHAPE | {"intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}, format, "int4"
+    )
+    eager = GraphDecoder(model, 64)
+    eager.prefill(PROMPT)
+    graphed = GraphDecoder(model, 64)
+    graphed.prefill(PROMPT)
+    for _ in range(20):
+        with torch.inference_mode():
+            eager._step()
+        graphed.step()
+        assert torch.equal(eager.token, graphed.token)
+        assert torch.equal(eager.logits, graphed.logits)
+    again = graphed.generate(PROMPT, 21)
+    assert int(again[0, -1]) == int(graphed.token)
