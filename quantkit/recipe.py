@@ -120,6 +120,10 @@ class Recipe:
     accumulate: int = field(default=1, metadata={"help": "refine=qat: such batches per step"})
     lr: float = field(default=2e-4, metadata={"help": "refine=qat: highest learning rate, of the signs' latents"})
     intermediate: float = field(default=1.0, metadata={"help": "refine=qat: weight of the blocks' outputs in the loss"})
+    also_train: str = field(
+        default="none",
+        metadata={"help": "refine=qat: beside signs and scales: none, norms, all (norms, embedding and head)"},
+    )
     train_samples: int | None = field(
         default=None, metadata={"help": "refine=qat: training sequences of the calibration text; none: --n-samples"}
     )

@@ -25,6 +25,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "tokens": ("all", "text", "image"),
     "salience": ("hessian", "rms", "absmax"),
     "block_scales": ("all", "paper"),
+    "also_train": ("none", "norms", "all"),
 }
 BASES = ("gptq", "rtn", "refined", "slim")  # methods without an allocator over blocks, for one linear after the other
 _LINEAR_ALLOCATORS = ("zd", "error", "adaptive", "random")  # those that can tell the linears of a block apart
@@ -34,6 +35,7 @@ _TRAINING_SETTINGS = (
     "accumulate",
     "lr",
     "intermediate",
+    "also_train",
     "train_samples",
     "check_every",
     "patience",
@@ -140,6 +142,10 @@ def _check_training(recipe: Recipe) -> None:
         raise RequestError(f"lr is a learning rate above 0, at most 1, not {recipe.lr:g}")
     if recipe.intermediate < 0 or recipe.patience < 0:
         raise RequestError("intermediate and patience cannot be negative")
+    if recipe.also_train == "all" and (recipe.embedding_bits or recipe.head_bits):
+        raise RequestError(
+            "also_train=all trains embedding and head in 16 bits, not 8 or 4: use also_train=norms with embedding_bits"
+        )
 
 
 def _refuse_changed(recipe: Recipe, names: Sequence[str], why: str) -> None:

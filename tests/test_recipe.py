@@ -226,7 +226,7 @@ def test_needs_calibration(settings: dict[str, Any], expected: bool) -> None:
         ("method=gtpq", f"unknown method 'gtpq'; did you mean 'gptq'? known: {METHOD_NAMES}"),
         ("method=7", f"unknown method 7; known: {METHOD_NAMES}"),
         ("method=null", f"unknown method None; known: {METHOD_NAMES}"),
-        ("gridd=mse", "unknown setting 'gridd'; did you mean 'grid'? known: accumulate, act_order, allocator, b"),
+        ("gridd=mse", "unknown setting 'gridd'; did you mean 'grid'? known: accumulate, act_order, allocator, a"),
         ("=3", "unknown setting ''; known: accumulate, act_order, allocator"),
         ("grid=hesian", "unknown grid 'hesian'; did you mean 'hessian'? known: auto, hessian, minmax, mse, sqc"),
         ("transform=hadamar", "unknown transform 'hadamar'; did you mean 'hadamard'? known: hadamard, none"),

@@ -2,12 +2,14 @@
 
 Paper      LittleBit, arXiv:2506.13771. Loss: KL(teacher || student) of the next-token distributions, plus the squared
            distance of every block's output; AdamW without weight decay, warm-up over 2 % of the steps, then a cosine.
-Trained    latents of the signs (float32, through `smooth_sign`) and all scales, these at a tenth of the learning rate.
-           Embeddings, norms, biases and head stay as they are.
+Trained    latents of the signs (float32, through `smooth_sign`) and all scales; with ``also_train`` norms, or norms,
+           embedding and head: the numbers that the file holds in 16 bits anyway. Biases stay as they are.
 Deviates   KL is a mean over tokens and the blocks' distances are relative to the teacher's output, token by token, and
            averaged, so that neither grows with length, depth or width. The authors: sums over a sequence, times 10.
            Training starts at the factors of refine=signs; `best on held-out text` is what is kept.
 Memory     one model: each linear holds its float weight and its factors, and computes with either.
+Speed      on one GPU the passes of a batch are recorded once and replayed (`quantkit/pipeline/captured.py`): a small
+           model spends its time on launches.
 Resume     every ``check_every`` steps latents, moments and losses go to one file of the work folder, whole or not at
            all; data order and learning rate are functions of the step. On a CPU a resumed run is bit for bit the same.
 """
@@ -23,10 +25,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from quantkit.errors import NumericalError, RequestError
 from quantkit.formats.safetensors_io import read_header, read_tensor, write_tensors
+from quantkit.pipeline.captured import Captured
 from quantkit.pipeline.sign_linear import SignLinear
 from quantkit.pipeline.team import Team
 from quantkit.recipe import Recipe
@@ -34,7 +38,7 @@ from quantkit.recipe import Recipe
 CHECKPOINT, BEST = "training.safetensors", "training-best.safetensors"  # in the work folder
 _HELD_OUT, _MAX_HELD_OUT = 16, 32  # one sequence of 16 is held out; one at least, 32 at most
 _WARM_UP = 0.02
-_SCALES_LR = 0.1  # of the latents' learning rate
+_SCALES_LR, _REST_LR = 1.0, 0.25  # shares of the latents' learning rate
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _SCALES = ("rows", "latent_scales", "columns")
 
@@ -112,7 +116,8 @@ class Distillation:
     """Trains the `SignLinear` modules of a model.
 
     Args:
-        model: a causal language model with `SignLinear` in place of the linears, on ``team.device``, all else frozen.
+        model: a causal language model with `SignLinear` in place of the linears, on ``team.device``. Of its other
+            parameters those are trained that require gradients; the teacher computes with what they are now.
         blocks: its decoder blocks.
         input_ids: int64 ``[n, seq_len]``, on the CPU.
         recipe: one that trains.
@@ -126,16 +131,23 @@ class Distillation:
         self.recipe, self.seed, self.team = recipe, seed, team
         self.train_ids, self.held_out_ids = split_samples(input_ids)
         self.linears = {name: part for name, part in model.named_modules() if isinstance(part, SignLinear)}
+        inside = {f"{name}.{key}" for name, linear in self.linears.items() for key in linear.trained()}
+        self.rest = {name: part for name, part in model.named_parameters() if part.requires_grad and name not in inside}
+        self.originals = {name: part.detach().clone() for name, part in self.rest.items()}
         self.blocks = blocks
         self.model, self.wrapped = model, team.wrap(model)
         latents = [part for linear in self.linears.values() for part in (linear.left, linear.right)]
         scales = [linear.get_parameter(name) for linear in self.linears.values() for name in _SCALES]
         groups = [{"params": latents, "share": 1.0}, {"params": scales, "share": _SCALES_LR}]
+        groups += [{"params": list(self.rest.values()), "share": _REST_LR}] if self.rest else []
         self._is_fused = team.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
             groups, lr=recipe.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=self._is_fused
         )
         self.progress = Progress()
+        self._backward: Callable[[Tensor], Tensor] = self._backward_of
+        if self._is_fused and team.size == 1:
+            self._backward = Captured(self._backward_of, list(self._trained().values()), team.device)
 
     def run(self, folder: Path, report: Report) -> None:
         """Train to the end, going on from the checkpoint in ``folder`` if there is one; then load the best.
@@ -168,31 +180,38 @@ class Distillation:
         rate = learning_rate(step, recipe.steps, recipe.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["share"]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)  # a recorded pass adds to the same memory every time
         total = 0.0
         for micro in range(recipe.accumulate):
             position = ((step * recipe.accumulate + micro) * team.size + team.rank) * recipe.batch
             ids = self.train_ids[sample_indices(position, recipe.batch, len(self.train_ids), self.seed)]
             with nullcontext() if micro == recipe.accumulate - 1 else team.no_sync(self.wrapped):
-                loss = self._losses(self.wrapped, ids).total / recipe.accumulate
-                loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
-            total += self.team.mean(loss.detach())
+                total += team.mean(self._backward(ids.to(team.device)))
         if not math.isfinite(total):
             raise NumericalError(f"training: the loss is {total} at step {step}; lower --set lr={recipe.lr:g}")
         self.optimizer.step()
         return total
+
+    def _backward_of(self, ids: Tensor) -> Tensor:
+        """The loss of one batch, its gradients added to those of the parameters."""
+        loss = self._losses(self.wrapped, ids).total / self.recipe.accumulate
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        return loss.detach()
 
     def _losses(self, model: nn.Module, ids: Tensor) -> Losses:
         """Teacher and student on the same sequences ``[batch, seq_len]``; gradients flow if they are enabled."""
         ids = ids.to(self.team.device)
         half = torch.autocast(self.team.device.type, torch.bfloat16, enabled=self.team.device.type == "cuda")
         with half, torch.no_grad(), self._teaching():
-            teacher, teacher_blocks = self._forward(self.model, ids)
+            teacher, teacher_blocks = self._forward(self._teacher, ids)
         with half:
             student, student_blocks = self._forward(model, ids)
         return distillation_loss(student, teacher, student_blocks, teacher_blocks, self.recipe.intermediate)
 
-    def _forward(self, model: nn.Module, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _teacher(self, **inputs: Any) -> Any:
+        return functional_call(self.model, self.originals, kwargs=inputs)
+
+    def _forward(self, model: Callable[..., Any], ids: Tensor) -> tuple[Tensor, list[Tensor]]:
         outputs: list[Tensor] = []
 
         def keep(block: nn.Module, args: Any, output: Any) -> None:
@@ -248,7 +267,7 @@ class Distillation:
             f"{name}.{key}": parameter
             for name, linear in self.linears.items()
             for key, parameter in linear.trained().items()
-        }
+        } | self.rest
 
     def _moments(self) -> dict[str, Tensor]:
         """Of AdamW, by parameter; nothing before the first step."""

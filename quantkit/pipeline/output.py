@@ -24,6 +24,7 @@ from quantkit.pipeline.outside import FILE as OUTSIDE
 from quantkit.pipeline.outside import OutsideMatrix
 from quantkit.pipeline.request import QuantizeRequest
 from quantkit.pipeline.train import FILE as TRAINING
+from quantkit.pipeline.train import REST as TRAINED_REST
 
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _REPLACED = ("config.json", "model.safetensors.index.json", "recipe.json", "report.json", "checksums.json")
@@ -102,6 +103,10 @@ def _tensor_refs(
     if skeleton.transform is not None:
         replaced |= {skeleton.source_name(name) for name in skeleton.transform.touched}
         written += skeleton.transform.write_outside(journal.folder)
+    if (journal.folder / TRAINED_REST).exists():
+        trained = read_header(journal.folder / TRAINED_REST)
+        replaced |= trained.keys()
+        written += trained.values()
     kept = [ref for name, ref in skeleton.tensors.items() if name not in replaced]
     return sorted(kept + written, key=lambda ref: ref.name)
 

@@ -15,7 +15,7 @@ from quantkit.algorithms.sign_refinement import balanced
 from quantkit.calib.datasets import Calibration
 from quantkit.errors import RequestError
 from quantkit.formats.files import write_json
-from quantkit.formats.safetensors_io import read_header, read_tensor
+from quantkit.formats.safetensors_io import read_header, read_tensor, write_tensors
 from quantkit.formats.sign_factors import SignFactors
 from quantkit.formats.storage import pack, spec_from_json, unpack
 from quantkit.models.skeleton import Skeleton
@@ -31,6 +31,7 @@ from quantkit.pipeline.team import Team
 from quantkit.recipe import Recipe
 
 FILE = "training.json"  # of the work folder: the losses, for the report
+REST = "trained.safetensors"  # of the work folder: trained tensors that are not quantized
 
 
 def training_set(request: QuantizeRequest, skeleton: Skeleton) -> Calibration:
@@ -92,6 +93,7 @@ def train(
         for index, block in enumerate(skeleton.blocks):
             names = [linear.name for linear in block.linears]
             _store(journal, index, {name: linears[name] for name in names})
+        _store_rest(journal, skeleton, distillation.rest)
         write_json(journal.folder / FILE, _summary(distillation))
 
 
@@ -132,12 +134,34 @@ def _students(
             originals[name] = model.get_submodule(name)
             linears[name] = SignLinear(originals[name], from_stored(stored, device), generator)
             _put(model, name, linears[name])
+    for parameter in rest_of(model, request.recipe.also_train):
+        parameter.data = parameter.data.float()  # as the latents: small updates vanish in bfloat16
+        parameter.requires_grad_(True)
     try:
         yield linears
     finally:
         for name, linear in originals.items():
             _put(model, name, linear)
+        model.requires_grad_(False)
         skeleton.release_surroundings()
+
+
+def rest_of(model: nn.Module, also_train: str) -> list[nn.Parameter]:
+    """What is trained beside the factors: the vectors of norms; with ``all`` embedding and head too."""
+    if also_train == "none":
+        return []
+    linears = (nn.Linear, SignLinear)
+    found = [
+        parameter
+        for module in model.modules()
+        if not isinstance(module, linears)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim == 1
+    ]
+    if also_train == "all":
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+        found += [table.weight for table in tables]
+    return list(dict.fromkeys(found))  # tied ones once
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -159,6 +183,14 @@ def _store(journal: Journal, index: int, linears: dict[str, SignLinear]) -> None
         error = relative_error(linear.weight.float(), stored.dequantize(), None)
         entries[name] = {"prefix": entry["prefix"], "spec": stored.spec().to_json(), "relative_error": error}
     journal.replace_block(index, tensors, entries)
+
+
+def _store_rest(journal: Journal, skeleton: Skeleton, rest: dict[str, nn.Parameter]) -> None:
+    """Norms, embedding and head as trained, under the names and in the dtypes of the source."""
+    refs = {name: skeleton.tensors[skeleton.source_name(name)] for name in rest}
+    tensors = {ref.name: rest[name].detach().to(ref.torch_dtype).cpu() for name, ref in refs.items()}
+    if tensors:
+        write_tensors(journal.folder / REST, tensors)
 
 
 def _summary(distillation: Distillation) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from quantkit.algorithms.littlebit import Rank, dual_svid, latent_start
 from quantkit.errors import NumericalError, RequestError
 from quantkit.formats.files import read_json
+from quantkit.pipeline.captured import Captured
 from quantkit.pipeline.distill import (
     Distillation,
     distillation_loss,
@@ -34,6 +35,7 @@ from quantkit.pipeline.team import Team
 from quantkit.recipe import Recipe, resolve
 
 CPU = torch.device("cpu")
+TOKENS = torch.randint(4, 260, (18, 16), generator=torch.Generator().manual_seed(1))
 
 
 def settings(*more: str) -> Recipe:
@@ -49,8 +51,7 @@ def student(recipe: Recipe, seed: int = 0) -> Distillation:
             parent, _, child = name.rpartition(".")
             factors = dual_svid(linear.weight.detach(), Rank(16, 2))
             setattr(model.model.layers.get_submodule(parent), child, SignLinear(linear, factors, generator))
-    ids = torch.randint(4, 260, (18, 16), generator=torch.Generator().manual_seed(1))
-    return Distillation(model, list(model.model.layers), ids, recipe, seed, Team(CPU, sparse=False))
+    return Distillation(model, list(model.model.layers), TOKENS, recipe, seed, Team(CPU, sparse=False))
 
 
 class Stopped(Exception):
@@ -148,6 +149,43 @@ def test_gradients_reach_every_trained_parameter_and_no_other() -> None:
     for name, parameter in distillation.model.named_parameters():
         trained = name.rpartition(".")[2] in ("left", "right", "rows", "latent_scales", "columns")
         assert (parameter.grad is not None and bool(parameter.grad.any())) is trained, name
+
+
+def test_the_teacher_keeps_the_norms_that_the_student_trains() -> None:
+    model = student(settings()).model
+    norm = model.model.norm.weight.requires_grad_()
+    distillation = Distillation(model, list(model.model.layers), TOKENS, settings(), 0, Team(CPU, sparse=False))
+    assert list(distillation.rest) == ["model.norm.weight"]
+    before = distillation._teacher(input_ids=TOKENS[:2]).logits
+    loss = distillation._losses(model, TOKENS[:2]).total
+    loss.backward()
+    assert norm.grad is not None
+    assert bool(norm.grad.any())
+    norm.data *= 2
+    assert torch.equal(distillation._teacher(input_ids=TOKENS[:2]).logits, before)
+    assert float(distillation._losses(model, TOKENS[:2]).total) != float(loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_replayed_batch_gives_the_gradients_of_an_eager_one() -> None:
+    """Recorded with one batch, replayed with others; gradients add up as they do without a graph."""
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 32).cuda()
+
+    def work(x: torch.Tensor) -> torch.Tensor:
+        loss = layer(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    captured, batches = Captured(work, list(layer.parameters()), torch.device("cuda")), torch.randn(3, 4, 32).cuda()
+    losses = [captured(batch) for batch in batches]
+    assert captured.records
+    found = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    expected = [work(batch) for batch in batches]
+    torch.testing.assert_close(torch.stack(losses), torch.stack(expected))
+    torch.testing.assert_close(found, [parameter.grad for parameter in layer.parameters()])
 
 
 def test_the_gradient_of_a_latent_is_the_formula() -> None:

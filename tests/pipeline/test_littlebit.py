@@ -27,6 +27,7 @@ from quantkit.calib.statistics import InputStatistics
 from quantkit.errors import RequestError
 from quantkit.formats.checkpoint import open_folder
 from quantkit.formats.files import read_json
+from quantkit.formats.safetensors_io import read_header, read_tensor
 from quantkit.formats.sign_factors import SignFactors
 from quantkit.models.structure import Linear
 from quantkit.pipeline import Listener, QuantizeRequest, QuantizeResult, dry_run, run
@@ -271,6 +272,26 @@ def test_a_single_sequence_cannot_be_trained_on(llama: Path, text: Path, tmp_pat
         littlebit(llama, tmp_path / "out", text, *TRAINING, n_samples=1)
 
 
+def test_norms_and_embedding_are_stored_as_they_were_trained(llama: Path, text: Path, tmp_path: Path) -> None:
+    """In the source's dtype and under its names; a resumed run, the best checkpoint included, gives the same bytes."""
+    settings = (*TRAINING, "also_train=all")
+    whole = littlebit(llama, tmp_path / "whole", text, *settings)
+    with pytest.raises(Interrupted):
+        littlebit(llama, tmp_path / "out", text, *settings, listener=StopAtStep(4))
+    again = littlebit(llama, tmp_path / "out", text, *settings)
+    assert sha256_of(again.output) == sha256_of(whole.output)
+    before, after = (read_header(folder / "model.safetensors") for folder in (llama, again.output))
+    packed = quantkit.load(again.output, dtype="float32").state_dict()
+    unquantized = [name for name in before if name in after]
+    assert any("norm" in name for name in unquantized)
+    assert any("embed" in name for name in unquantized)
+    for name in unquantized:
+        old, new = read_tensor(before[name]), read_tensor(after[name])
+        assert (old.dtype, old.shape) == (new.dtype, new.shape)
+        assert not torch.equal(old, new), name
+        assert torch.equal(packed[name], new.float()), name
+
+
 # --- settings -----------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +316,12 @@ def test_a_single_sequence_cannot_be_trained_on(llama: Path, text: Path, tmp_pat
         ({"settings": ["refine=qat", "lr=0"]}, "lr is a learning rate above 0, at most 1, not 0"),
         ({"settings": ["refine=qat", "patience=-1"]}, "intermediate and patience cannot be negative"),
         ({"settings": ["refine=qat", "train_samples=1"]}, "train_samples must be at least 2 (one is held out), not 1"),
+        ({"settings": ["also_train=all"]}, "also_train is a setting of training; add --set refine=qat"),
+        ({"settings": ["refine=qat", "also_train=head"]}, "unknown also_train 'head'"),
+        (
+            {"settings": ["refine=qat", "also_train=all", "embedding_bits=8", "head_bits=8"]},
+            "also_train=all trains embedding and head in 16 bits, not 8 or 4: use also_train=norms",
+        ),
         (
             {"settings": ["refine=qat", "transform=hadamard"]},
             "transform=hadamard does not go with refine=qat, which trains the model as it is",
