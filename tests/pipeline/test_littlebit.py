@@ -282,7 +282,7 @@ def test_norms_and_embedding_are_stored_as_they_were_trained(llama: Path, text: 
     assert sha256_of(again.output) == sha256_of(whole.output)
     before, after = (read_header(folder / "model.safetensors") for folder in (llama, again.output))
     packed = quantkit.load(again.output, dtype="float32").state_dict()
-    unquantized = [name for name in before if name in after]
+    unquantized = [name for name in before if "proj" not in name]
     assert any("norm" in name for name in unquantized)
     assert any("embed" in name for name in unquantized)
     for name in unquantized:
