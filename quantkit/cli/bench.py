@@ -39,6 +39,10 @@ Variants = Annotated[
     list[str] | None,
     typer.Option("--variant", metavar="NAME", help="bf16, int2, int4, ptq161, littlebit-0.55, ... Repeatable."),
 ]
+StepNames = Annotated[
+    list[str] | None,
+    typer.Option("--step", metavar="NAME", help="eager, graph, compiled, fused; default graph and fused. Repeatable."),
+]
 Folders = Annotated[list[str] | None, typer.Option("--model", metavar="FOLDER", help="A model folder. Repeatable.")]
 
 
@@ -96,8 +100,7 @@ def decode(
     model: Folders = None,
     context: Annotated[int, typer.Option(metavar="N", help="Tokens in the cache.")] = 128,
     max_length: Annotated[int, typer.Option(metavar="N", help="Tokens the cache has room for.")] = 1024,
-    eager: Annotated[bool, typer.Option("--eager", help="The step without a graph, too.")] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="The step compiled by torch.compile, too.")] = False,
+    step: StepNames = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -110,9 +113,8 @@ def decode(
         model or [],
         context=context,
         max_length=max_length,
-        eager=eager,
-        compile=compile,
-        progress=lambda row: note(f"{row['name']} {row['mode']}: {row['milliseconds']:.3f} ms per token"),
+        steps=step or ("graph", "fused"),
+        progress=lambda row: note(f"{row['name']} {row['step']}: {row['milliseconds']:.3f} ms per token"),
     )
     if as_json:
         print_json(report)
@@ -177,7 +179,7 @@ def _show_decode(report: dict[str, Any]) -> None:
         speedup = "" if row["speedup"] is None else f"{row['speedup']:.2f}x"
         times = (f"{row[key]:.3f}" for key in ("milliseconds", "p10", "p90"))
         made.add_row(
-            row["name"], row["mode"], *times, f"{row['tokens_per_second']:.0f}", f"{row['gigabytes']:.2f}", speedup
+            row["name"], row["step"], *times, f"{row['tokens_per_second']:.0f}", f"{row['gigabytes']:.2f}", speedup
         )
     screen.print("", made, "")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from quantkit.errors import RequestError, did_you_mean
 from quantkit.evaluation.gpu_timing import REPLAYS, environment, percentiles, require_gpu
 from quantkit.evaluation.random_models import random_llama
 from quantkit.runtime.graphs import GraphDecoder
@@ -26,6 +27,9 @@ VARIANTS = {
     "ptq161": ("ptq161", "int4"),
     "littlebit-0.55": ("littlebit-0.55", "int4"),
 }
+# eager: transformers' own forward; graph: the same in a CUDA graph; compiled: by torch.compile, in a graph; fused: with
+# few launches, in a graph (runtime/fused_steps.py). The last takes the model apart.
+STEPS = ("eager", "graph", "compiled", "fused")
 PROMPT = 128
 
 Progress = Callable[[dict[str, Any]], object]
@@ -36,8 +40,7 @@ def bench_decode(
     folders: Sequence[str] = (),
     context: int = PROMPT,
     max_length: int = 1024,
-    eager: bool = False,
-    compile: bool = False,
+    steps: Sequence[str] = ("graph", "fused"),
     shape: dict[str, Any] | None = None,
     replays: int = REPLAYS,
     progress: Progress | None = None,
@@ -49,21 +52,22 @@ def bench_decode(
         folders: models to load and measure beside them.
         context: tokens in the cache.
         max_length: tokens the cache has room for; attention on a static cache reads all of it.
-        eager: measure the step without a graph too.
-        compile: measure the step compiled by ``torch.compile`` too.
+        steps: of `STEPS`.
         shape: fields of the config of the random model; None: Llama 3 8B.
         replays: steps that are timed.
         progress: called with each row as soon as it is measured.
 
     Returns:
-        ``environment`` and ``rows``: name, mode ("graph", "eager", "compiled"), milliseconds (median, p10, p90),
-        tokens_per_second, gigabytes of weights, speedup over the bf16 row of the same mode where there is one.
+        ``environment`` and ``rows``: name, step, milliseconds (median, p10, p90),
+        tokens_per_second, gigabytes of weights, speedup over the bf16 row of the same step where there is one.
 
     Raises:
-        RequestError: no CUDA device, an unknown variant; whatever `load` raises.
+        RequestError: no CUDA device, an unknown variant or step; whatever `load` raises.
     """
+    for step in steps:
+        if step not in STEPS:
+            raise RequestError(f"unknown step {step!r}; {did_you_mean(step, STEPS)}")
     require_gpu("bench decode")
-    modes = ["graph", *(["eager"] if eager else []), *(["compiled"] if compile else [])]
     rows: list[dict[str, Any]] = []
     for name in (*variants, *folders):
         if name in folders:
@@ -71,10 +75,18 @@ def bench_decode(
         else:
             blocks, head = VARIANTS.get(name, (name, "int4"))
             model = random_llama(shape, blocks, head)
-        for mode in modes:
-            row = {"name": name, "mode": mode, **_time(model, mode, context, max_length, replays)}
-            base = [each for each in rows if each["name"] == "bf16" and each["mode"] == mode]
-            row["speedup"] = base[0]["milliseconds"] / row["milliseconds"] if base else None
+        nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        for step in sorted(steps, key=STEPS.index):
+            row = {
+                "name": name,
+                "step": step,
+                "gigabytes": nbytes / 1e9,
+                **_time(model, step, context, max_length, replays),
+            }
+            base = [each for each in rows if each["name"] == "bf16" and each["step"] == step]
+            row["speedup"] = 1.0 if name == "bf16" else None
+            if base:
+                row["speedup"] = base[0]["milliseconds"] / row["milliseconds"]
             rows.append(row)
             if progress is not None:
                 progress(row)
@@ -83,10 +95,10 @@ def bench_decode(
     return {"environment": environment(), "context": context, "max_length": max_length, "rows": rows}
 
 
-def _time(model: Any, mode: str, context: int, max_length: int, replays: int) -> dict[str, float]:
-    decoder = GraphDecoder(model, max_length, compile=mode == "compiled")
+def _time(model: Any, kind: str, context: int, max_length: int, replays: int) -> dict[str, float]:
+    decoder = GraphDecoder(model, max_length, fuse=kind == "fused", compile=kind == "compiled")
     decoder.prefill(torch.arange(context)[None] % 1000)
-    step = torch.inference_mode()(decoder._step) if mode == "eager" else decoder.step
+    step = torch.inference_mode()(decoder._step) if kind == "eager" else decoder.step
     for _ in range(5):
         step()
     times = []
@@ -100,11 +112,9 @@ def _time(model: Any, mode: str, context: int, max_length: int, replays: int) ->
     found = percentiles(times)
     assert decoder.logits is not None
     assert bool(torch.isfinite(decoder.logits).all())
-    held = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     return {
         "milliseconds": found["microseconds"] / 1e3,
         "p10": found["p10"] / 1e3,
         "p90": found["p90"] / 1e3,
         "tokens_per_second": 1e6 / found["microseconds"],
-        "gigabytes": sum(held.values()) / 1e9,
     }

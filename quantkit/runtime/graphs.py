@@ -1,6 +1,6 @@
 """Greedy decoding with one CUDA graph: a step of a transformers model on a static cache, recorded once and replayed.
 
-    decoder = GraphDecoder(model, max_length=1024)
+    decoder = GraphDecoder(model, max_length=1024, fuse=True)
     ids = decoder.generate(prompt_ids, max_new_tokens=100)
 
 An eager step of a large language model is some thousand small launches, and the processor takes longer to issue them
@@ -12,14 +12,64 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import RequestError
+from quantkit.runtime.fused_steps import FusedSteps
 
 _CHECK_EVERY = 16  # steps between two looks at the tokens for the end of the text: a look waits for the device
+
+
+class Steps(Protocol):
+    """How a model takes a prompt, and then a token at a time, with a cache of its own."""
+
+    def prefill(self, ids: Tensor) -> Tensor: ...
+    def step(self, token: Tensor) -> Tensor: ...
+    def rewind(self, n_tokens: int) -> None: ...
+    def n_tokens(self) -> int: ...
+
+
+class StaticSteps:
+    """The model's own forward on a `transformers.StaticCache`.
+
+    Raises:
+        RequestError: the model has layers without a static cache.
+    """
+
+    def __init__(self, model: Any, max_length: int, compile: bool = False) -> None:
+        from transformers import StaticCache
+
+        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        if not all(hasattr(layer, "cumulative_length") for layer in self.cache.layers):
+            raise RequestError(f"{type(model).__name__} has layers without a static cache; use model.generate")
+        self.model = model
+        self.forward: Callable[..., Any] = torch.compile(model.forward, fullgraph=True) if compile else model.forward
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Token ids ``[1, n]`` into an empty cache; logits ``[1, vocabulary]`` of the last."""
+        self.rewind(0)
+        return self._run(self.model.forward, ids)
+
+    def step(self, token: Tensor) -> Tensor:
+        """One more token id ``[1, 1]``; logits ``[1, vocabulary]``."""
+        return self._run(self.forward, token)
+
+    def rewind(self, n_tokens: int) -> None:
+        """Forget what is cached beyond ``n_tokens``."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(n_tokens)
+
+    def n_tokens(self) -> int:
+        """Cached tokens; waits for the device."""
+        return int(self.cache.layers[0].cumulative_length)
+
+    def _run(self, forward: Callable[..., Any], ids: Tensor) -> Tensor:
+        output = forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
 
 class GraphDecoder:
@@ -28,27 +78,27 @@ class GraphDecoder:
     Args:
         model: a causal language model, packed or not, wholly on one device.
         max_length: tokens of prompt and continuation together that the cache has room for.
+        fuse: rebuild the step of a Llama, Mistral or Qwen2 model with few launches (fused_steps.py). The fastest; the
+            model itself can be neither called nor saved afterwards.
         compile: compile the step with ``torch.compile`` first, which fuses the small operations between the products
             (minutes for a large model).
 
     Raises:
-        RequestError: the model cannot decode on a static cache, or lies on several devices.
+        RequestError: the model cannot decode on a static cache, lies on several devices, or cannot be fused.
     """
 
-    def __init__(self, model: Any, max_length: int = 2048, *, compile: bool = False) -> None:
-        from transformers import StaticCache
-
+    def __init__(self, model: Any, max_length: int = 2048, *, fuse: bool = False, compile: bool = False) -> None:
+        if fuse and compile:
+            raise RequestError("a fused step is not compiled: give either fuse or compile")
         if len({parameter.device for parameter in model.parameters()}) > 1:
             raise RequestError("a graph holds one device; load the model with device='cuda' instead of a device map")
-        self.model, self.max_length = model, max_length
+        self.max_length = max_length
         self.device: torch.device = model.device
-        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
-        if not all(hasattr(layer, "cumulative_length") for layer in self.cache.layers):
-            raise RequestError(f"{type(model).__name__} has layers without a static cache; use model.generate")
+        self.steps: Steps = FusedSteps(model, max_length) if fuse else StaticSteps(model, max_length, compile)
         self.token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.logits: Tensor | None = None  # [1, vocabulary], of the last step
-        self._forward: Callable[..., Any] = torch.compile(model.forward, fullgraph=True) if compile else model.forward
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph_logits: Tensor | None = None  # where a replay leaves them
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> None:
@@ -56,8 +106,7 @@ class GraphDecoder:
         if input_ids.ndim != 2 or len(input_ids) != 1 or not 0 < input_ids.shape[1] < self.max_length:
             shape = list(input_ids.shape)
             raise RequestError(f"the prompt is {shape}; one sequence of 1 to {self.max_length - 1} tokens is required")
-        self._rewind(0)
-        self.logits = self._run(self.model.forward, input_ids.to(self.device))
+        self.logits = self.steps.prefill(input_ids.to(self.device))
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
 
     @torch.inference_mode()
@@ -70,6 +119,7 @@ class GraphDecoder:
             self._record()
         assert self._graph is not None
         self._graph.replay()
+        self.logits = self._graph_logits
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None = None) -> Tensor:
         """``[1, n]`` to ``[1, n + new]``, on the CPU; ends after ``eos_token_id`` or ``max_new_tokens``.
@@ -95,31 +145,21 @@ class GraphDecoder:
                     break
         return torch.cat([input_ids.cpu(), found_tokens[None, :made].cpu()], 1)
 
-    def _run(self, forward: Callable[..., Any], input_ids: Tensor) -> Tensor:
-        output = forward(input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
     def _step(self) -> None:
-        self.logits = self._run(self._forward, self.token)
+        self.logits = self.steps.step(self.token)
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
-
-    def _rewind(self, n_tokens: int) -> None:
-        """Forget what is cached beyond ``n_tokens``."""
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(n_tokens)
 
     def _record(self) -> None:
         """Record a step; the trial runs before it leave cache, token and length as they were."""
-        token, n_tokens = self.token.clone(), int(self.cache.layers[0].cumulative_length)
+        token, n_tokens = self.token.clone(), self.steps.n_tokens()
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, and lets libraries allocate what they need
-                self._rewind(n_tokens)
+                self.steps.rewind(n_tokens)
                 self._step()
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        self._rewind(n_tokens)
+        self.steps.rewind(n_tokens)
         self.token.copy_(token)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
@@ -129,4 +169,4 @@ class GraphDecoder:
                 self._step()
         finally:
             gc.enable()
-        self._graph = graph
+        self._graph, self._graph_logits = graph, self.logits

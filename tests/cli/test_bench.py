@@ -63,7 +63,7 @@ def test_tables_begin_with_losses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tinygemm" not in shown
     assert "humming: no compiler" in shown
     rows = [
-        {"name": name, "mode": "graph", "milliseconds": 4 / speed, "p10": 1.0, "p90": 1.0, "tokens_per_second": 250.0,
+        {"name": name, "step": "graph", "milliseconds": 4 / speed, "p10": 1.0, "p90": 1.0, "tokens_per_second": 250.0,
          "gigabytes": 2.0, "speedup": speed}
         for name, speed in (("bf16", 1.0), ("int2", 3.0), ("int4", 0.8))
     ]  # fmt: skip

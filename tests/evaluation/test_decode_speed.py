@@ -28,6 +28,11 @@ def test_no_device():
         bench_decode()
 
 
+def test_unknown_steps_and_variants():
+    with pytest.raises(RequestError, match="unknown step 'graf'; did you mean 'graph'"):
+        bench_decode(steps=["graf"])
+
+
 def test_random_models_hold_the_formats_asked_for():
     model = random_llama(SHAPE, "ptq161", "int4", device="cpu")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
@@ -53,11 +58,11 @@ def test_the_default_dtype_stays():
 def test_a_small_model():
     seen = []
     report = bench_decode(
-        tuple(VARIANTS), context=16, max_length=64, eager=True, shape=SHAPE, replays=3, progress=seen.append
-    )
+        tuple(VARIANTS), context=16, max_length=64, steps=("fused", "eager", "graph"), shape=SHAPE, replays=3,
+        progress=seen.append,
+    )  # fmt: skip
     assert report["rows"] == seen
-    assert [(row["name"], row["mode"]) for row in seen] == [
-        (name, mode) for name in VARIANTS for mode in ("graph", "eager")
-    ]
-    assert seen[0]["speedup"] == 1.0
+    steps = ("eager", "graph", "fused")  # whatever the order of the request: the last one takes the model apart
+    assert [(row["name"], row["step"]) for row in seen] == [(name, step) for name in VARIANTS for step in steps]
+    assert [row["speedup"] for row in seen[:3]] == [1.0, 1.0, 1.0]
     assert all(row["p10"] <= row["milliseconds"] <= row["p90"] for row in seen)

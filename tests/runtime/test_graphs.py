@@ -84,7 +84,7 @@ def test_a_step_is_one_graph_under_torch_compile(format, planar):
     expected = GraphDecoder(model, 32).generate(PROMPT, 4)
     torch._dynamo.reset()
     decoder = GraphDecoder(model, 32)
-    decoder._forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    decoder.steps.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     assert torch.equal(decoder.generate(PROMPT, 4), expected)
 
 

@@ -1,0 +1,154 @@
+"""What lies between the products of a decoding step, each in one launch: norms, attention, gated activations.
+
+On a GPU these are the Triton kernels of ``decode_step_triton.py``; on the CPU the torch twins below, which are written
+for reading. Sums are float32; results have the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels.planar_matmul import triton_kernels
+
+SPLITS = 16  # programs that share the tokens of one KV head: with 8 heads about as many as multiprocessors
+_BLOCK = 32  # tokens at a time
+_ROWS = 16  # query rows of a tile: the tensor core takes no fewer
+_COLUMNS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionState:
+    """One sequence's cache of one layer, the rotary tables, and scratch that layers share.
+
+    Attributes:
+        keys, values: ``[kv_heads, max_length, head_dim]``; keys are stored rotated.
+        cos, sin: float32 ``[max_length, head_dim]``, both halves alike.
+        length: int32 ``[1]``, the tokens that are cached before this step.
+        partial: float32 ``[kv_heads, SPLITS, 16, head_dim + 2]``, any content.
+        counters: int32 ``[kv_heads]``, zeros before and after.
+        scale: of the scores.
+    """
+
+    keys: Tensor
+    values: Tensor
+    cos: Tensor
+    sin: Tensor
+    length: Tensor
+    partial: Tensor
+    counters: Tensor
+    scale: float
+
+
+def new_scratch(kv_heads: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``partial`` and ``counters`` of `AttentionState`."""
+    partial = torch.empty(kv_heads, SPLITS, _ROWS, head_dim + 2, device=device)
+    return partial, torch.zeros(kv_heads, dtype=torch.int32, device=device)
+
+
+def add_norm(residual: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """Add ``update`` to ``residual`` in place, and return its RMS norm times ``weight``.
+
+    Args:
+        residual: contiguous ``[m, n]``, changed.
+        update: the same shape, or None.
+        weight: ``[n]``.
+        eps: added to the mean square.
+    """
+    if not residual.is_cuda:
+        if update is not None:
+            residual += update
+        wide = residual.float()
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(residual.dtype)
+    out = torch.empty_like(residual)
+    n = residual.shape[1]
+    block = 1 << (n - 1).bit_length()
+    _kernels().add_norm_kernel[(len(residual),)](
+        residual,
+        residual if update is None else update,
+        weight,
+        out,
+        n,
+        eps,
+        HAS_UPDATE=update is not None,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+    )
+    return out
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of ``[m, 2 n]``, gate first: ``[m, n]``."""
+    n = gate_up.shape[1] // 2
+    if not gate_up.is_cuda:
+        return torch.nn.functional.silu(gate_up[:, :n].float()).mul(gate_up[:, n:].float()).to(gate_up.dtype)
+    out = gate_up.new_empty(len(gate_up), n)
+    grid = (len(gate_up), -(-n // _COLUMNS))
+    _kernels().gated_kernel[grid](gate_up, out, n, COLUMNS=_COLUMNS, num_warps=4)
+    return out
+
+
+def attend(qkv: Tensor, state: AttentionState) -> Tensor:
+    """Rotate queries and key of the newest token, append key and value, attend to all tokens.
+
+    Args:
+        qkv: contiguous ``[1, (heads + 2 kv_heads) * head_dim]``: queries, key, value.
+        state: where the token goes; ``length`` is left for the caller to advance.
+
+    Returns:
+        ``[1, heads * head_dim]``.
+    """
+    kv_heads, max_length, head_dim = state.keys.shape
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    if not qkv.is_cuda:
+        return _attend_reference(qkv, state, heads)
+    out = qkv.new_empty(1, heads * head_dim)
+    _kernels().attention_kernel[(kv_heads, SPLITS)](
+        qkv,
+        state.cos,
+        state.sin,
+        state.keys,
+        state.values,
+        out,
+        state.partial,
+        state.counters,
+        state.length,
+        state.scale,
+        max_length,
+        GROUP=heads // kv_heads,
+        ROWS=_ROWS,
+        HEAD_DIM=head_dim,
+        BLOCK=_BLOCK,
+        SPLITS=SPLITS,
+        WIDE=qkv.dtype == torch.float32,
+        num_warps=4,
+    )
+    return out
+
+
+def _attend_reference(qkv: Tensor, state: AttentionState, heads: int) -> Tensor:
+    kv_heads, _, head_dim = state.keys.shape
+    position = int(state.length)
+    queries, key, value = torch.split(qkv.view(-1, head_dim), [heads, kv_heads, kv_heads])
+    cos, sin = state.cos[position], state.sin[position]
+    state.keys[:, position] = rotate(key, cos, sin)
+    state.values[:, position] = value
+    keys, values = (cache[:, : position + 1].float() for cache in (state.keys, state.values))
+    rows = rotate(queries, cos, sin).float().view(kv_heads, -1, head_dim)
+    weights = (rows @ keys.mT * state.scale).softmax(-1)
+    return (weights @ values).to(qkv.dtype).view(1, -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of ``[..., head_dim]``: halves (a, b) become (a cos - b sin, b cos + a sin)."""
+    first, second = x.float().chunk(2, -1)
+    return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+def _kernels() -> ModuleType:
+    triton_kernels()  # raises where Triton is not installed
+    return import_module("quantkit.kernels.decode_step_triton")

@@ -1,0 +1,87 @@
+"""The kernels of a decoding step in Triton's interpreter, on CPU tensors; see interpreter_cases.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter_cases import edges_untouched, guarded
+
+from quantkit.kernels.decode_step import SPLITS, AttentionState, add_norm, attend, gated, new_scratch
+from quantkit.kernels.decode_step_triton import add_norm_kernel, attention_kernel, gated_kernel
+
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-6}  # two roundings; bfloat16 truncates
+DTYPES = list(ROUNDING)
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inside_guards(tensor):
+    held, whole = guarded(tensor)
+    before = whole.clone()
+    return held, lambda: edges_untouched(whole, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize("n", [64, 100])
+def test_add_norm(n, update, dtype):
+    x, delta, weight = random(3, n, dtype=dtype), random(3, n, dtype=dtype, seed=1), random(n, dtype=dtype, seed=2)
+    expected_x = x.clone()
+    expected = add_norm(expected_x, delta if update else None, weight, 1e-5)
+    (held, kept), (out, out_kept) = inside_guards(x), inside_guards(torch.full_like(x, float("nan")))
+    add_norm_kernel[(3,)](held, delta, weight, out, n, 1e-5, HAS_UPDATE=update, BLOCK=128)
+    assert kept()
+    assert out_kept()
+    tolerance = ROUNDING[dtype]
+    torch.testing.assert_close(held, expected_x, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out, expected, rtol=4 * tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [64, 100])
+def test_gated(n, dtype):
+    x = 3 * random(2, 2 * n, dtype=dtype)
+    out, kept = inside_guards(torch.full((2, n), float("nan"), dtype=dtype))
+    gated_kernel[(2, 2)](x, out, n, COLUMNS=64)
+    assert kept()
+    torch.testing.assert_close(out, gated(x), rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("position", [0, 1, 15, 16, 40, 99])
+def test_attention(position, group, dtype):
+    """Up to 100 tokens in blocks of 4 by 16 programs: some have none, one block, or two; the last one is ragged."""
+    kv_heads, head_dim, max_length = 2, 16, 100
+    cache = [random(kv_heads, max_length, head_dim, dtype=dtype, seed=seed) for seed in (1, 2)]
+    for tensor in cache:
+        tensor[:, position:] = float("nan")  # not written yet
+    angle = random(max_length, head_dim // 2, seed=3).repeat(1, 2)
+    qkv = random(1, (group + 2) * kv_heads * head_dim, dtype=dtype, seed=4)
+    partial, counters = new_scratch(kv_heads, head_dim, torch.device("cpu"))
+    partial.fill_(float("nan"))
+    length = torch.tensor([position], dtype=torch.int32)
+
+    def state(keys, values):
+        return AttentionState(
+            keys=keys, values=values, cos=angle.cos(), sin=angle.sin(), length=length, partial=partial,
+            counters=counters, scale=head_dim**-0.5,
+        )  # fmt: skip
+
+    expected_cache = [tensor.clone() for tensor in cache]
+    expected = attend(qkv, state(*expected_cache))
+    (keys, keys_kept), (values, values_kept) = (inside_guards(tensor) for tensor in cache)
+    out, out_kept = inside_guards(torch.full_like(expected, float("nan")))
+    attention_kernel[(kv_heads, SPLITS)](
+        qkv, angle.cos(), angle.sin(), keys, values, out, partial, counters, length, head_dim**-0.5, max_length,
+        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=4, SPLITS=SPLITS, WIDE=True,
+    )  # fmt: skip
+    assert keys_kept()
+    assert values_kept()
+    assert out_kept()
+    assert not counters.any()
+    tolerance = 4 * ROUNDING[dtype]
+    for found, wanted in ((keys, expected_cache[0]), (values, expected_cache[1]), (out, expected)):
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=found is not out)

@@ -1,0 +1,61 @@
+"""Compiles the kernels of a decoding step, and the probes, for an H100/H200 without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+
+from quantkit.kernels.decode_step import SPLITS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton was imported as interpreter"),
+]
+
+
+def check(compile_kernel, kernel, grid, arguments, **constants):
+    metadata, sass, resources = compile_kernel(kernel, grid, arguments, **constants)
+    assert metadata.shared <= 232448
+    assert resources["STACK"] == 0  # nothing is spilled
+    return sass
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("group", "head_dim"), [(4, 128), (8, 64)])
+def test_attention(compile_for_sm90, group, head_dim, dtype):
+    from quantkit.kernels.decode_step_triton import attention_kernel
+
+    cache, table, numbers = torch.zeros(8, 64, head_dim, dtype=dtype), torch.zeros(64, head_dim), torch.zeros(64)
+    integers = torch.zeros(8, dtype=torch.int32)
+    names = ("qkv", "cos", "sin", "keys", "values", "out", "partial", "counters", "length", "scale", "max_length")
+    values = (cache, table, table, cache, cache, cache, numbers, integers, integers, 0.1, 1024)
+    sass = check(
+        compile_for_sm90, attention_kernel, (8, SPLITS), dict(zip(names, values, strict=True)),
+        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=32, SPLITS=SPLITS, WIDE=False, num_warps=4,
+    )  # fmt: skip
+    assert re.search(r"\bHG?MMA\.", sass)
+    assert re.search(r"LDG\S*\.128", sass)
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_add_norm_and_gated(compile_for_sm90, update):
+    from quantkit.kernels.decode_step_triton import add_norm_kernel, gated_kernel
+
+    x = torch.zeros(1, 8192, dtype=torch.bfloat16)
+    norm = {"residual": x, "update": x, "weight": x, "out": x, "n": 4096, "eps": 1e-5}
+    sass = check(compile_for_sm90, add_norm_kernel, (1,), norm, HAS_UPDATE=update, BLOCK=4096, num_warps=8)
+    assert "LDG.E.128" in sass
+    gate = {"gate_up": x, "out": x, "n": 4096}
+    assert "LDG" in check(compile_for_sm90, gated_kernel, (1, 4), gate, COLUMNS=1024, num_warps=4)
+
+
+def test_probes(compile_for_sm90):
+    from quantkit.kernels.probe_triton import empty_kernel, read_kernel
+
+    check(compile_for_sm90, empty_kernel, (1,), {}, num_warps=1)
+    numbers = torch.zeros(8, dtype=torch.int32)
+    read = {"source": numbers, "sink": numbers, "per_program": 16}
+    assert "LDG.E.128" in check(compile_for_sm90, read_kernel, (1,), read, BLOCK=4096, num_warps=8)
