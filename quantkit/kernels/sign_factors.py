@@ -50,10 +50,9 @@ def matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], bias: T
     """
     rows = as_rows(x, NAME, spec.in_features)
     if "v_planar" in tensors:
-        names = sorted(tensors)
         shape = (spec.out_features, spec.in_features, list(spec.ranks))
-        values = [tensors[name] for name in names]
-        product = cast(Tensor, torch.ops.quantkit.sign_factors_planar_matmul(rows, values, names, bias, *shape))
+        held = [tensors[name] for name in PLANAR_TENSORS]
+        product = cast(Tensor, torch.ops.quantkit.sign_factors_planar_matmul(rows, bias, *held, *shape))
     else:
         product = matmul_reference(rows, spec, tensors, bias)
     return product.reshape(*x.shape[:-1], spec.out_features)
@@ -125,30 +124,31 @@ def _decoded_matmul(scaled: Tensor, spec: SignFactorsSpec, tensors: dict[str, Te
     return linear(z, weight, None if bias is None else bias.to(dtype))
 
 
-def _planar_op(
-    x: Tensor,
-    values: list[Tensor],
-    names: list[str],
-    bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-    ranks: list[int],
-) -> Tensor:
+# What `sign_planar.factors_to_planar` holds, in the order of the operator's arguments.
+PLANAR_TENSORS = (
+    *("v_planar", "v_scales", "v_counters", "u_planar", "u_scales", "u_counters"),
+    *("x_scales", "z_scales", "column_scales", "latent_scales", "row_scales"),
+)
+
+
+def _planar_op(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    out_features, in_features, ranks = arguments[len(PLANAR_TENSORS) :]
     spec = SignFactorsSpec(out_features=out_features, in_features=in_features, ranks=tuple(ranks))
-    tensors = dict(zip(names, values, strict=True))
+    tensors = dict(zip(PLANAR_TENSORS, arguments[: len(PLANAR_TENSORS)], strict=True))
     if x.is_cuda:
         return planar_matmul(x.contiguous(), spec, tensors, bias)
     return matmul_reference(x, spec, factors_from_planar(spec, tensors), bias)
 
 
-def _fake_op(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(x.shape[0], arguments[3])
+def _fake_op(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape[0], arguments[len(PLANAR_TENSORS)])
 
 
 _LIBRARY = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "sign_factors_planar_matmul(Tensor x, Tensor[] tensors, str[] names, Tensor? bias, "
-    "int out_features, int in_features, int[] ranks) -> Tensor"
+    "sign_factors_planar_matmul(Tensor x, Tensor? bias, "
+    + "".join(f"Tensor {name}, " for name in PLANAR_TENSORS)
+    + "int out_features, int in_features, int[] ranks) -> Tensor"
 )
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("sign_factors_planar_matmul", _planar_op, _device)  # type: ignore[no-untyped-call]

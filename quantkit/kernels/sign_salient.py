@@ -50,10 +50,11 @@ def matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: T
     """
     rows = as_rows(x, NAME, spec.in_features)
     if "sign_scales" in tensors:
-        names = sorted(tensors)
-        values = [tensors[name] for name in names]
         numbers = (spec.out_features, spec.in_features, spec.row_means, spec.column_scales, *_salient_numbers(spec))
-        product = cast(Tensor, torch.ops.quantkit.sign_salient_planar_matmul(rows, values, names, bias, *numbers))
+        product = cast(
+            Tensor,
+            torch.ops.quantkit.sign_salient_planar_matmul(rows, bias, *map(tensors.get, PLANAR_TENSORS), *numbers),
+        )
     else:
         product = matmul_reference(rows, spec, tensors, bias)
     return product.reshape(*x.shape[:-1], spec.out_features)
@@ -234,22 +235,44 @@ def _spec(
     )
 
 
-def _planar_op(x: Tensor, values: list[Tensor], names: list[str], bias: Tensor | None, *numbers: Any) -> Tensor:
-    spec, tensors = _spec(*numbers), dict(zip(names, values, strict=True))
+# What `sign_planar.salient_to_planar` may hold, in the order of the operator's arguments: absent ones are None.
+PLANAR_TENSORS = (
+    "planar",
+    "sign_scales",
+    "sign_zeros",
+    "counters",
+    "salient_planar",
+    "salient_planar_scales",
+    "salient_planar_zeros",
+    "salient_counters",
+    "x_order",
+    "x_scales",
+    "row_scales",
+    "row_means",
+    "column_scales",
+    "salient_columns",
+)
+
+
+def _planar_op(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    spec = _spec(*arguments[len(PLANAR_TENSORS) :])
+    held = zip(PLANAR_TENSORS, arguments[: len(PLANAR_TENSORS)], strict=True)
+    tensors = {name: tensor for name, tensor in held if tensor is not None}
     if x.is_cuda:
         return planar_matmul(x.contiguous(), spec, tensors, bias)
     return matmul_reference(x, spec, salient_from_planar(spec, tensors), bias)
 
 
-def _fake_op(x: Tensor, values: list[Tensor], names: list[str], bias: Tensor | None, *numbers: Any) -> Tensor:
-    return x.new_empty(x.shape[0], numbers[0])
+def _fake_op(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    return x.new_empty(x.shape[0], arguments[len(PLANAR_TENSORS)])
 
 
 _LIBRARY = torch.library.Library("quantkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "sign_salient_planar_matmul(Tensor x, Tensor[] tensors, str[] names, Tensor? bias, int out_features, "
-    "int in_features, bool row_means, bool column_scales, int n_salient, int group_size, int bits, bool symmetric) "
-    "-> Tensor"
+    "sign_salient_planar_matmul(Tensor x, Tensor? bias, "
+    + "".join(f"Tensor? {name}, " for name in PLANAR_TENSORS)
+    + "int out_features, int in_features, bool has_means, bool has_column_scales, int n_salient, int group_size, "
+    "int bits, bool symmetric) -> Tensor"
 )
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("sign_salient_planar_matmul", _planar_op, _device)  # type: ignore[no-untyped-call]

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.errors import RequestError
 from quantkit.formats import storage
-from quantkit.formats.sign_factors import SignFactors
+from quantkit.formats.sign_factors import SignFactors, SignFactorsSpec
 from quantkit.formats.sign_salient import SignSalient
+from quantkit.kernels import sign_factors, sign_salient
 from quantkit.kernels.storage import kernel_of
 
 Weight = SignSalient | SignFactors
@@ -150,14 +151,15 @@ def test_bad_activations_are_refused(weight: Weight) -> None:
         matmul(torch.zeros(2, 6, dtype=torch.float64), spec, tensors, None)
 
 
-@pytest.mark.parametrize(
-    "weight",
-    [
-        random_sign_factors(0, 40, 48, (16, 8)),
-        random_sign_salient(0, 40, 32, row_means=True, salient_bits=(4,), salient_group=16),
-    ],
-    ids=lambda weight: type(weight).__name__,
-)
+COMPILED = [
+    random_sign_factors(0, 40, 48, (16, 8)),
+    random_sign_factors(0, 40, 48, (16,)),
+    random_sign_salient(0, 40, 32, row_means=True, salient_bits=(4,), salient_group=16),
+    random_sign_salient(0, 40, 32, column_scales=True),
+]
+
+
+@pytest.mark.parametrize("weight", COMPILED, ids=lambda weight: weight.spec().describe())
 @pytest.mark.parametrize("planar", [False, True])
 def test_torch_compile_sees_one_graph(weight: Weight, planar: bool) -> None:
     """Fake tensors suffice: no value decides a shape."""
@@ -166,6 +168,24 @@ def test_torch_compile_sees_one_graph(weight: Weight, planar: bool) -> None:
         tensors = kernel_of(spec).to_planar(spec, tensors)
         assert kernel_of(spec).is_planar(spec)
     matmul = kernel_of(spec).matmul
-    compiled = torch.compile(lambda x: matmul(x, spec, tensors, None), backend="eager", fullgraph=True)
-    x = activations(3, 2, spec.in_features)
-    assert torch.equal(compiled(x), matmul(x, spec, tensors, None))
+    torch._dynamo.reset()  # it counts compilations of one line of code, whatever the weight
+    compiled = torch.compile(lambda x: matmul(x * 2, spec, tensors, None).relu(), backend="aot_eager", fullgraph=True)
+    for rows in (2, 3):
+        x = activations(3, rows, spec.in_features)
+        assert torch.equal(compiled(x), matmul(x * 2, spec, tensors, None).relu())
+
+
+@pytest.mark.parametrize("weight", COMPILED, ids=lambda weight: weight.spec().describe())
+def test_operators_pass_torchs_own_checks(weight: Weight) -> None:
+    spec = weight.spec()
+    planar = kernel_of(spec).to_planar(spec, storage.pack(weight))
+    x, bias = activations(0, 3, spec.in_features), torch.ones(spec.out_features)
+    names = (sign_factors if isinstance(spec, SignFactorsSpec) else sign_salient).PLANAR_TENSORS
+    assert set(planar) <= set(names)  # nothing is left behind
+    held = [planar.get(name) for name in names]
+    if isinstance(spec, SignFactorsSpec):
+        operator, shape = torch.ops.quantkit.sign_factors_planar_matmul, (list(spec.ranks),)
+    else:
+        operator = torch.ops.quantkit.sign_salient_planar_matmul
+        shape = (spec.row_means, spec.column_scales, *sign_salient._salient_numbers(spec))
+    torch.library.opcheck(operator, (x, bias, *held, spec.out_features, spec.in_features, *shape))
