@@ -66,6 +66,11 @@ class QuantkitQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` on a static cache may compile the step: products are operators that a compiler keeps."""
+        return True
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> nn.Module:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packed_models import pack_folder
+from tiny_models import tiny_model
+from transformers import CompileConfig
 
 from quantkit.errors import RequestError
 from quantkit.evaluation.random_models import random_llama
 from quantkit.runtime.graphs import GraphDecoder
+from quantkit.runtime.loading import load
 from quantkit.runtime.packed_linear import PackedLinear
 
 SHAPE = {
@@ -86,6 +90,35 @@ def test_a_step_is_one_graph_under_torch_compile(format, planar):
     decoder = GraphDecoder(model, 32)
     decoder.steps.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     assert torch.equal(decoder.generate(PROMPT, 4), expected)
+
+
+@pytest.mark.slow
+def test_generate_compiles_the_step_of_a_packed_folder(tmp_path):
+    """transformers compiles on a static cache if the quantizer allows it; on a CPU it has to be told to."""
+    folder = pack_folder(tiny_model("llama", tmp_path / "model"), tmp_path).packed
+    model = load(folder, dtype="float32")
+    ids = torch.arange(20, 28)[None]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    compiled = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiled._compile_all_devices = True
+    torch._dynamo.reset()
+    counts = torch._dynamo.utils.counters
+    counts.clear()
+    found = model.generate(ids, **options, cache_implementation="static", compile_config=compiled)
+    assert torch.equal(found, expected)
+    assert counts["stats"]["unique_graphs"] >= 1
+    assert not counts["graph_break"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_generate_on_a_static_cache_on_a_gpu(tmp_path):
+    model = load(pack_folder(tiny_model("llama", tmp_path / "model"), tmp_path).packed, device="cuda", dtype="float32")
+    ids = torch.arange(20, 28, device="cuda")[None]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, **options, cache_implementation="static"), expected)
 
 
 @pytest.mark.gpu
