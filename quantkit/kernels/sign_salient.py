@@ -8,6 +8,7 @@ decoded as a whole, but for many rows of x on a GPU (see `matmul`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -25,10 +26,13 @@ from quantkit.kernels.planar_matmul import (
     Config,
     choose_config,
     choose_splits,
+    dequantize_rows,
     dequantized_matmul,
 )
 from quantkit.kernels.sign_planar import binary_part, binary_spec, salient_from_planar
 from quantkit.kernels.signs import as_rows, prepare, sign_kernels, sign_matmul
+
+_SLAB_BYTES = 1 << 28  # of decoded weight at a time
 
 
 def matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
@@ -104,18 +108,19 @@ def planar_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], 
 
 
 def _decoded_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
-    """x as `prepare` leaves it; the parts in its dtype, slab by slab."""
-    binary = binary_spec(spec)
-    signed = x[:, : binary.in_features]
-    out = dequantized_matmul(signed, binary, binary_part(tensors), None).float()
-    if spec.row_means:
-        out += signed.float().sum(1, keepdim=True) * tensors["row_means"].float()
+    """x as `prepare` leaves it; the parts in its dtype, slab by slab, the second added to the first by the product."""
+    binary, signs = binary_spec(spec), binary_part(tensors)
+    if spec.row_means:  # as zeros of the one-bit weight: no pass over the result
+        binary, signs = replace(binary, symmetric=False), signs | {"planar_zeros": tensors["sign_zeros"]}
+    out = dequantized_matmul(x[:, : binary.in_features], binary, signs, bias)
     if spec.salient:
-        salient = x[:, binary.in_features :]
-        out += dequantized_matmul(salient, spec.salient, without_prefix(SALIENT, tensors), None).float()
-    if bias is not None:
-        out += bias.float()
-    return out.to(x.dtype)
+        salient, part = x[:, binary.in_features :], without_prefix(SALIENT, tensors)
+        step = max(1, _SLAB_BYTES // (spec.n_salient * x.element_size()))
+        for first in range(0, spec.out_features, step):
+            last = min(first + step, spec.out_features)
+            weight = dequantize_rows(spec.salient, part, first, last, x.dtype)
+            out[:, first:last].addmm_(salient, weight.t())
+    return out
 
 
 def sign_segments(spec: SignSalientSpec) -> tuple[PlanarSegment, ...]:
