@@ -27,6 +27,7 @@ _OPTIONAL: dict[str, type] = {  # may be null
     "group_size": int,
     "lo": int,
     "hi": int,
+    "image_weight": float,
     "vision_bits": int,
     "train_samples": int,
     "sign_rounds": int,
@@ -88,9 +89,18 @@ class Recipe:
     keep_ratio: float = field(
         default=1.0, metadata={"help": "share of the query and key weights kept as low-rank factors; 1: no factors"}
     )
+    factor_all: bool = field(
+        default=False,
+        metadata={"help": "casp: factors in every block (paper), not only where their bytes are worth it"},
+    )
     qk_bits: int = field(default=3, metadata={"help": "of the low-rank factors of queries and keys"})
     tokens: str = field(default="all", metadata={"help": "pictures: tokens that statistics count: all, text or image"})
-    image_weight: float = field(default=1.0, metadata={"help": "pictures: what an image token counts, a text token 1"})
+    image_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "pictures: what an image token counts, a text token 1; none: all of them as much as all text"
+        },
+    )
     vision_bits: int | None = field(
         default=None, metadata={"help": "also round vision tower and projector: 8 or 4; none: they stay in 16 bits"}
     )
@@ -168,11 +178,17 @@ class Recipe:
         assert self.bits == int(self.bits)
         return int(self.bits)
 
-    def at(self, bits: int, *group_size: int | None) -> Recipe:
-        """The recipe of one linear, once an allocator has given it a width (and a group size, where it chooses)."""
+    def at(self, bits: int, group_size: int | None = -1, keep_ratio: float | None = None) -> Recipe:
+        """The recipe of one linear, once an allocator has given it a width.
+
+        Args:
+            group_size, keep_ratio: what it gave besides, where it chooses these; left out they stay as they are.
+        """
         inner = "sba" if self.base and METHODS[self.base].defaults.get("allocator") == "sba" else "uniform"
         fixed: dict[str, Any] = {"method": "", "base": "", "bpw": None, "lo": None, "hi": None, "reverse": False}
-        chosen: dict[str, Any] = {"group_size": group_size[0]} if group_size else {}
+        fixed["factor_all"] = False
+        chosen: dict[str, Any] = {} if group_size == -1 else {"group_size": group_size}
+        chosen |= {} if keep_ratio is None else {"keep_ratio": keep_ratio}
         return replace(self, bits=bits, allocator=inner, **fixed, **chosen)
 
     @property
@@ -190,9 +206,17 @@ class Recipe:
         """Queries and keys are stored as low-rank factors."""
         return self.keep_ratio < 1
 
+    @property
+    def factor_ratios(self) -> tuple[float, ...]:
+        """What may be kept of a block's query and key weights: 1 is all of them, as codes."""
+        if not self.factorizes or self.allocator != "casp" or self.factor_all:
+            return (self.keep_ratio,)
+        return (1.0, *(self.keep_ratio * more for more in (1, 1.5, 2) if self.keep_ratio * more < 1))
+
     def for_factors(self, group_size: int) -> Recipe:
         """The recipe of one low-rank factor."""
         plain: dict[str, Any] = {"method": "", "base": "", "bpw": None, "lo": None, "hi": None, "reverse": False}
+        plain["factor_all"] = False
         sizes: dict[str, Any] = {"bits": self.qk_bits, "group_size": group_size, "keep_ratio": 1.0}
         return replace(self, allocator="uniform", **plain, **sizes)
 
@@ -210,8 +234,8 @@ class Recipe:
 
     @property
     def weighs_tokens(self) -> bool:
-        """Image and text tokens do not count alike, so the calibration set must hold pictures."""
-        return self.tokens != "all" or self.image_weight != 1
+        """It was asked that image and text tokens count differently, so the calibration set must hold pictures."""
+        return self.tokens != "all" or self.image_weight not in (None, 1)
 
     @property
     def needs_calibration(self) -> bool:

@@ -177,14 +177,14 @@ def _check_combination(recipe: Recipe) -> None:
 def _check_modalities(recipe: Recipe) -> None:
     if recipe.vision_bits not in (None, 4, 8):
         raise RequestError(f"vision_bits must be 8 or 4, or none for 16 bits, not {recipe.vision_bits}")
-    if not 0 < recipe.image_weight <= 1000:
+    if recipe.image_weight is not None and not 0 < recipe.image_weight <= 1000:
         raise RequestError(
             f"image_weight must be above 0 and at most 1000, not {recipe.image_weight:g}; "
             "to leave image tokens out, use tokens=text"
         )
     if not recipe.weighs_tokens:
         return
-    if recipe.tokens != "all" and recipe.image_weight != 1:
+    if recipe.tokens != "all" and recipe.image_weight is not None:
         raise RequestError(f"image_weight weighs image tokens against text tokens; tokens={recipe.tokens} keeps one")
     if not recipe.needs_calibration:
         raise RequestError("tokens and image_weight choose what statistics count; this recipe gathers none")
@@ -203,6 +203,8 @@ def _check_factors(recipe: Recipe) -> None:
         raise RequestError(f"base={recipe.base} cannot be combined; {did_you_mean(recipe.base, BASES)}")
     if recipe.base:
         recipe.at(2)  # its own checks
+    if recipe.factor_all and not (recipe.factorizes and recipe.allocator == "casp"):
+        raise RequestError("factor_all leaves allocator=casp no choice between codes and factors; set keep_ratio too")
     if not recipe.factorizes:
         return
     if recipe.solver == "boa":

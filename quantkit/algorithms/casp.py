@@ -1,22 +1,25 @@
 """CASP: query and key projections as low-rank factors; the bytes that this saves go to the blocks that matter.
 
 Paper      Gholami et al. 2025, arXiv:2503.05936. Factors: whitened SVD, as in SVD-LLM (arXiv:2403.07378).
-Minimizes  ||X (W - up down)^T||^2 over factors of one rank: with H = L L^T (H a multiple of X^T X) it is
-           ||(W - up down) L||^2, and the truncated SVD of W L is the optimum (Eckart, Young).
-Allocates  min sum_l s_l n_l 4^-b_l under a budget in bytes: s_l is the block's influence (ShortGPT, arXiv:2403.03853),
-           n_l its weights, 4^-b the rate-distortion error of b bits; `layerwise.marginal_widths` spends the bytes.
-Needs      the Hessian of the projections' inputs; block inputs and outputs, with image tokens told apart.
+Minimizes  ||R^1/2 (W - up down) L||^2 over factors of one rank, with H = L L^T a multiple of X^T X and R what errors of
+           each head's queries or keys cost attention's output; the truncated SVD of R^1/2 W L is the optimum (Eckart,
+           Young). The paper has R = 1.
+Allocates  the least sum of losses under a budget in bytes: what storing a block at the lowest width, or its queries and
+           keys as factors, does to the model's last hidden states, measured, and 4^-b of it for other widths
+           (rate-distortion); `layerwise.marginal_widths` spends the bytes.
+Needs      the Hessian of the projections' inputs, and per head the row factors that BoA uses (calib/attention.py).
 Cost       one Cholesky [in, in] and one SVD [out, in] per projection, in float64.
-Deviates   The paper's allocation and importance are not public; these are ours. Image and text tokens have equal weight
-           in the influence. Where keys have fewer heads than queries the factors stay separate. `down` is quantized
-           first, `up` is then fitted anew by least squares to the quantized one and quantized with the Hessian
-           D H D^T of its own inputs (the authors' code uses the unquantized factor there). An orthogonal mixing of the
-           latents, exact before quantization, spreads the singular values; the split with the lesser loss is kept.
+Deviates   The paper's allocation and importance are not public; these are ours (pipeline/measure.py), and they decide
+           too in which blocks factors pay; the paper has them in all. Where keys have fewer heads than queries the
+           factors stay separate. `down` is quantized first, `up` is then fitted anew by least squares to the quantized
+           one and quantized with the Hessian D H D^T of its own inputs (the authors' code uses the unquantized factor
+           there). An orthogonal mixing of the latents, exact before quantization, spreads the singular values; the
+           split with the lesser loss is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +32,7 @@ from quantkit.formats.low_rank import LowRank
 
 _DAMPING = 1e-6  # of the whitening, as a fraction of mean(diag(H)); ten times more until the Cholesky succeeds
 _RETRIES = 6
+_ROW_DAMPING = 1e-3  # of the row metric, as a fraction of its mean eigenvalue
 _NEGLIGIBLE = 0.1  # of the uniform probability: attention below it counts as none
 
 SolveFactor = Callable[[Tensor, Tensor], GroupedInt]  # (weight, Hessian of its inputs) -> codes
@@ -60,13 +64,14 @@ def rank_of(out_features: int, in_features: int, keep_ratio: float) -> int:
     return exact // step * step
 
 
-def whitened_factors(weight: Tensor, hessian: Tensor, rank: int) -> Factors:
+def whitened_factors(weight: Tensor, hessian: Tensor, rank: int, row_metric: Tensor | None = None) -> Factors:
     """The best factors of one rank for the calibration inputs.
 
     Args:
         weight: float ``[out_features, in_features]``.
         hessian: float ``[in_features, in_features]``, any positive multiple of X^T X.
         rank: at most min(out_features, in_features).
+        row_metric: float ``[heads, head_dim, head_dim]``, what errors of each head's outputs cost; None: all alike.
 
     Raises:
         NotPositiveDefiniteError: no damping up to 1 made the Hessian positive definite.
@@ -74,12 +79,24 @@ def whitened_factors(weight: Tensor, hessian: Tensor, rank: int) -> Factors:
     """
     live, H = without_dead_columns(weight.double(), hessian.double())
     root = _root(H)
-    left, singular, right = torch.linalg.svd(live @ root, full_matrices=False)
+    row_root = None if row_metric is None else _row_root(row_metric)
+    seen = live if row_root is None else row_root @ live
+    left, singular, right = torch.linalg.svd(seen @ root, full_matrices=False)
     scaled = singular[:rank, None] * right[:rank]
     down = torch.linalg.solve_triangular(root, scaled, upper=False, left=False)  # scaled root^-1
     energy = singular.square()
     lost = float(energy[rank:].sum() / energy.sum().clamp_min(1e-300))
-    return Factors(left[:, :rank].float(), down.float(), lost)
+    up = left[:, :rank] if row_root is None else torch.linalg.solve(row_root, left[:, :rank])
+    return Factors(up.float(), down.float(), lost)
+
+
+def _row_root(row_metric: Tensor) -> Tensor:
+    """The symmetric square root of the damped row metric, block-diagonal, float64 ``[out, out]``."""
+    values, vectors = torch.linalg.eigh(row_metric.double())
+    floor = _ROW_DAMPING * values.mean(-1, keepdim=True).clamp_min(1e-30)
+    roots = (vectors * (values.clamp_min(0) + floor).sqrt().unsqueeze(-2)) @ vectors.mT
+    joined: Tensor = torch.block_diag(*roots)  # type: ignore[no-untyped-call]
+    return joined
 
 
 def _root(hessian: Tensor) -> Tensor:
@@ -95,7 +112,12 @@ def _root(hessian: Tensor) -> Tensor:
 
 
 def quantized_factors(
-    weight: Tensor, hessian: Tensor, rank: int, solve_down: SolveFactor, solve_up: SolveFactor
+    weight: Tensor,
+    hessian: Tensor,
+    rank: int,
+    solve_down: SolveFactor,
+    solve_up: SolveFactor,
+    row_metric: Tensor | None = None,
 ) -> LowRank:
     """Factorize and quantize: the latents as they come or mixed, whichever loses less.
 
@@ -104,8 +126,10 @@ def quantized_factors(
         hessian: float32 ``[in_features, in_features]``, (2 / n_tokens) X^T X.
         rank: see `rank_of`.
         solve_down, solve_up: quantize the factors.
+        row_metric: as in `whitened_factors`.
     """
-    factors = whitened_factors(weight, hessian, rank)
+    factors = whitened_factors(weight, hessian, rank, row_metric)
+    rows = None if row_metric is None else _row_root(row_metric).float()
     candidates = []
     for mixing in (None, _mixing(rank).to(weight.device)):
         down = factors.down if mixing is None else mixing @ factors.down
@@ -115,6 +139,7 @@ def quantized_factors(
         up = _least_squares(weight @ hessian @ D.t(), latent_hessian)
         candidate = LowRank(down=stored_down, up=solve_up(up, latent_hessian))
         error = candidate.dequantize() - weight
+        error = error if rows is None else rows @ error
         candidates.append((float((error @ hessian).mul_(error).sum()), candidate))
     return min(candidates, key=lambda pair: pair[0])[1]
 
@@ -134,27 +159,13 @@ def _least_squares(target: Tensor, hessian: Tensor) -> Tensor:
     return solution.t().float()
 
 
-def block_influence(before: Tensor, after: Tensor, image_mask: Tensor | None = None) -> Tensor:
-    """1 - cos of what enters and what leaves a block, mean over image and over text tokens, both with equal weight.
+def expected_losses(lowest: float, widths: Sequence[int]) -> list[float]:
+    """The rate-distortion law: ``lowest 4^-(b - b_0)`` for each width, from the loss measured at the first one.
 
-    Args:
-        before, after: float ``[1, n_tokens, hidden]``; position 0 does not count, its huge norm hides every change.
-        image_mask: bool ``[n_tokens]``; None: all tokens are text.
-
-    Returns:
-        float32 scalar in [0, 2].
+    >>> expected_losses(0.32, [2, 3, 4])
+    [0.32, 0.08, 0.02]
     """
-    change = 1 - torch.cosine_similarity(before[0, 1:].float(), after[0, 1:].float(), dim=-1)
-    if image_mask is None:
-        return change.mean()
-    image = image_mask[1:].to(change.device)
-    parts = [part.mean() for part in (change[image], change[~image]) if len(part)]
-    return torch.stack(parts).mean()
-
-
-def expected_losses(influence: float, n_weights: int, widths: list[int]) -> list[float]:
-    """``s n 4^-b`` for each width: the error that b bits leave, as the block's influence makes it count."""
-    return [influence * n_weights * 4.0**-bits for bits in widths]
+    return [lowest * 4.0 ** (widths[0] - bits) for bits in widths]
 
 
 def attention_density(probabilities: Tensor) -> float:

@@ -291,19 +291,20 @@ PAGES: dict[str, Page] = {
     "casp": Page(
         authors="Gholami, Akbari, Cannons, Zhang: CASP, compression by attention sparsity, CVPR 2025",
         what="""
-            Query and key projections become products of two low-rank factors, the best ones for the calibration inputs,
-            at 3 bits. The bytes that this saves go to the blocks that change their input most.
+            Query and key projections become products of two low-rank factors, the best ones for what attention makes of
+            the calibration inputs. The bytes that this saves go to the blocks whose errors do most harm at the end. Only blocks
+            where it pays get factors; `--set factor_all=true` gives them to all, as the paper does.
         """,
         when="""
             For vision-language models with many image tokens per text token. The run measures the paper's condition
             (sparse attention over image tokens that resemble each other) and says when it does not hold.
         """,
-        cost="That of the solver, one pass of the original model, and one SVD per query and key projection.",
+        cost="Twice that of the solver, as losses are measured first, and some SVDs per query and key projection.",
         limits="""
             Models whose queries and keys are one linear with the values are refused. Keys with fewer heads than queries
             get factors of their own and save little. Compare with `--set keep_ratio=1`, the same allocation without
             factors: docs/vision.md.
         """,
-        settings=("keep_ratio", "qk_bits", "base", "tokens", *_BUDGET),
+        settings=("keep_ratio", "factor_all", "qk_bits", "base", "tokens", *_BUDGET),
     ),
 }

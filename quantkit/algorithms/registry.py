@@ -98,7 +98,7 @@ METHODS: dict[str, Method] = {
     "casp": Method(
         title="CASP",
         paper="arXiv:2503.05936",
-        summary="Queries and keys as low-rank factors; the bytes saved go to influential blocks. For pictures.",
+        summary="Queries and keys as low-rank factors where it pays; the bytes go to lossy blocks. For pictures.",
         defaults={"allocator": "casp", "keep_ratio": 0.25, "lo": 2, "hi": 4, "bits": 2.2},
         formats=("grouped_int", "low_rank"),
     ),
@@ -124,7 +124,7 @@ ALLOCATORS: dict[str, str] = {
     "lim": "two widths; the higher one for blocks whose output differs most from their input (layer-wise)",
     "zd": "two widths; the higher one where fewest weights lie beyond one standard deviation (layer-wise); no data",
     "luq": "two widths; the higher one for blocks whose output activations have the highest entropy (LUQ)",
-    "casp": "widths from lo to hi by the block's influence times 4^-bits per byte; image and text count alike (CASP)",
+    "casp": "widths from lo to hi, and factors of queries and keys, by the block's measured loss per byte (CASP)",
     "error": "widths from lo to hi by the greatest fall of the relative output error per byte (ours)",
     "adaptive": "widths from lo to hi, grouped or per channel, by the greatest fall of the same error per byte (ours)",
     "random": "two widths in a random order by --seed: what a score must beat; no data",

@@ -48,10 +48,13 @@ class StatisticsRecorder:
         linears: name to module.
         rows_per_call: rows of each input kept as a sample, evenly spaced over the call's tokens; 0 keeps none.
         absmax: keep the largest magnitude of each channel too.
+        strict: refuse weights for a linear that does not receive every token; else all that it receives count alike.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Module], rows_per_call: int = 0, absmax: bool = False) -> None:
-        self._linears = linears
+    def __init__(
+        self, linears: Mapping[str, nn.Module], rows_per_call: int = 0, absmax: bool = False, strict: bool = True
+    ) -> None:
+        self._linears, self._strict = linears, strict
         self._rows_per_call, self._absmax = rows_per_call, absmax
         self._leader: dict[str, str] = {}  # linear -> the linear whose statistics it shares
         self._seen: list[tuple[Tensor, str]] = []  # inputs of the running call; kept alive so that identity is sound
@@ -131,6 +134,8 @@ class StatisticsRecorder:
             return rows, rows.shape[0]
         weights = self._weights.to(rows)
         if len(weights) != len(rows):
+            if not self._strict:
+                return rows, rows.shape[0]
             raise RequestError(
                 f"{name} does not receive every token, so these cannot be told apart here; use tokens=all"
             )

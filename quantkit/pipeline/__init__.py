@@ -5,6 +5,7 @@ plan.py      everything that can be known before a tensor is read
 journal.py   the work folder of a run: finished blocks, and whether a new run may go on from them
 prepare.py   a request made concrete: model, device, calibration set, deciding settings
 allocate.py  which linear gets how many bits, under the bytes of budget.py
+measure.py   what storing a block at few bits does to the model's output, for allocators
 attend.py    what attention makes of its linears' outputs, for solvers that ask
 solve.py     one linear: statistics in, codes out; binarize.py where it becomes signs and salient channels
 tune.py      scales of a block trained on what it puts out, where a recipe asks for it

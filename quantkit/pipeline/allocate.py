@@ -6,15 +6,14 @@ with the same widths, and to the final folder's ``report.json``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.algorithms.casp import block_influence, expected_losses
 from quantkit.algorithms.grids import GRIDS
 from quantkit.algorithms.layerwise import (
     by_importance,
@@ -30,7 +29,9 @@ from quantkit.calib.statistics import StatisticsRecorder
 from quantkit.formats.files import read_json, write_json
 from quantkit.models.structure import Block, Linear
 from quantkit.pipeline.budget import Budget, Choice, Unit, budget_of, bytes_at, choices_of, units_of
+from quantkit.pipeline.measure import Propagation
 from quantkit.pipeline.request import Listener
+from quantkit.pipeline.scored import ScoredBlock
 from quantkit.pipeline.sparsity import N_PROBES, Condition
 from quantkit.recipe import Recipe
 
@@ -41,7 +42,6 @@ _N_PROBES = 2  # samples on which allocator=error looks at a block's output
 _NO_ACTIVATIONS = ("zd", "random")
 
 Score = list[float]  # one number, or with allocator=error the loss at each width
-Outcomes = Iterable[tuple[Tensor, Tensor]]  # per sample: what enters and what leaves a block, [1, n_tokens, hidden]
 
 
 def needs_activations(recipe: Recipe) -> bool:
@@ -52,27 +52,6 @@ def needs_activations(recipe: Recipe) -> bool:
 def random_scores(units: Sequence[Unit], seed: int) -> list[Score]:
     """Of ``allocator=random``: a seeded order."""
     return [[float(rank)] for rank in torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))]
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredBlock:
-    """One block of the unquantized model.
-
-    Attributes:
-        module: the block with its original weights.
-        n_samples: of the calibration set; 0 where none is needed.
-        outcomes: runs the block on one sample at a time; the hidden states advance as it is consumed.
-        forward: (sample, input) -> output of the block.
-        image_masks: bool ``[n_tokens]`` per sample, true for image tokens; None without pictures.
-        entering: sample -> what enters the block, as long as `outcomes` has not been consumed.
-    """
-
-    module: nn.Module
-    n_samples: int
-    outcomes: Outcomes
-    forward: Callable[[int, Tensor], Tensor]
-    image_masks: Sequence[Tensor] | None = None
-    entering: Callable[[int], Tensor] | None = None
 
 
 class Allocator:
@@ -109,8 +88,11 @@ class Allocator:
             write_json(path, allocation)
             self.listener.note(describe(allocation))
         decided = read_json(path)
-        sizes = decided.get("group_sizes", {})
-        return {name: Choice(bits, sizes.get(name, self.recipe.group_size)) for name, bits in decided["widths"].items()}
+        sizes, ratios = decided.get("group_sizes", {}), decided.get("keep_ratios", {})
+        return {
+            name: Choice(bits, sizes.get(name, self.recipe.group_size), ratios.get(name, self.recipe.keep_ratio))
+            for name, bits in decided["widths"].items()
+        }
 
     def _scores(
         self, originals: Iterable[ScoredBlock], details: dict[str, dict[str, float]], condition: Condition | None
@@ -119,6 +101,7 @@ class Allocator:
             return random_scores(self.units, self.seed)
         self.listener.note(f"allocator={self.recipe.allocator}: scoring the unquantized model")
         scores: list[Score] = []
+        propagation: Propagation | None = None
         for index, block in enumerate(originals):
             if not index and self.recipe.allocator == "luq" and block.image_masks is None:
                 self.listener.note("luq: scored on text tokens; the paper's setting is multimodal prompts")
@@ -126,8 +109,13 @@ class Allocator:
             if condition is not None and block.entering is not None:
                 before = [block.entering(sample) for sample in range(min(N_PROBES, block.n_samples))]
                 condition.look_at(block.module, block.forward, before, block.image_masks)
+            if self.recipe.allocator == "casp":
+                choices = choices_of(self.recipe, _widths(self.recipe, self.budget))
+                propagation = propagation or Propagation(self.recipe, choices, block.image_masks)
+                propagation.look_at(units[0] if units else None, block)
+                continue
             scores += score_block(units, block, self.recipe, self.budget, self.seed, details)
-        return scores
+        return scores if propagation is None else propagation.losses()
 
 
 def score_block(
@@ -155,12 +143,6 @@ def score_block(
     if recipe.allocator == "lim":
         scores = [float(lim(before.to(after.device), after)) for before, after in block.outcomes]
         return [[sum(scores) / len(scores)]]
-    if recipe.allocator == "casp":
-        n_weights = sum(linear.n_weights for linear in units[0].linears)
-        influence = _influence(block)
-        if details is not None:
-            details[units[0].name] = {"influence": influence}
-        return [expected_losses(influence, n_weights, _widths(recipe, budget))]
     rows, image = _sampled_outputs(block, seed)
     if recipe.entropy == "histogram":
         return [[histogram_entropy(rows)]]
@@ -172,19 +154,10 @@ def score_block(
     return [[label_entropy(labels, config.n_clusters)]]
 
 
-def _influence(block: ScoredBlock) -> float:
-    """Mean over the samples."""
-    found = []
-    for sample, (before, after) in enumerate(block.outcomes):
-        mask = None if block.image_masks is None else block.image_masks[sample]
-        found.append(float(block_influence(before.to(after.device), after, mask)))
-    return sum(found) / len(found)
-
-
 def allocate(units: Sequence[Unit], scores: Sequence[Score], budget: Budget, recipe: Recipe) -> dict[str, Any]:
     """The allocation as JSON: what the budget allows, each unit's score and width, and the width of each linear."""
     choices = choices_of(recipe, _widths(recipe, budget))
-    n_bytes = [[bytes_at(unit.linears, recipe, *choice) for choice in choices] for unit in units]
+    n_bytes = [[bytes_at(unit.linears, recipe, choice) for choice in choices] for unit in units]
     if recipe.allocator in ("error", "adaptive", "casp"):
         picks: Sequence[int] = _pick(scores, n_bytes, budget)
     else:
@@ -202,11 +175,15 @@ def allocate(units: Sequence[Unit], scores: Sequence[Score], budget: Budget, rec
         groups["group_sizes"] = {name: choice.group_size for name, choice in by_linear.items()}
         for row, choice in zip(rows, chosen, strict=True):
             row["group_size"] = choice.group_size
+    if len(recipe.factor_ratios) > 1:
+        groups["keep_ratios"] = {name: choice.keep_ratio for name, choice in by_linear.items()}
+        for row, choice in zip(rows, chosen, strict=True):
+            row["keep_ratio"] = choice.keep_ratio
     used = sum(sizes[pick] for sizes, pick in zip(n_bytes, picks, strict=True))
     uniform = {
         str(choice.bits): 8 * sum(sizes[at] for sizes in n_bytes) / budget.n_weights
         for at, choice in enumerate(choices)
-        if choice.group_size == recipe.group_size
+        if choice.group_size == recipe.group_size and choice.keep_ratio == max(recipe.factor_ratios)
     }
     return {
         "allocator": recipe.allocator,
@@ -236,6 +213,8 @@ def describe(allocation: dict[str, Any]) -> str:
     shares = ", ".join(f"{counts[bits]} at {bits} bits" for bits in sorted(counts))
     if "group_sizes" in allocation:
         shares += f", {sum(unit['group_size'] is None for unit in allocation['units'])} of them per channel"
+    if "keep_ratios" in allocation:
+        shares += f", queries and keys of {sum(unit['keep_ratio'] < 1 for unit in allocation['units'])} as factors"
     stored = f"{allocation['bpw']:.3f} of {allocation['budget_bpw']:.3f} stored bits per weight"
     return f"allocator={allocation['allocator']}: of {len(allocation['units'])} units {shares}; {stored}"
 

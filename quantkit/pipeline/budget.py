@@ -65,14 +65,16 @@ class Choice(NamedTuple):
 
     bits: int
     group_size: int | None  # None: one scale per row
+    keep_ratio: float = 1.0  # of queries and keys as low-rank factors; 1: codes
 
 
 def choices_of(recipe: Recipe, widths: Sequence[int]) -> list[Choice]:
-    """Every width with the recipe's group size; where the allocator chooses, also with one scale per row."""
+    """Every width with the recipe's group size; where the allocator chooses, also with one scale per row, or with
+    factors of several ranks for queries and keys."""
     sizes = [recipe.group_size]
     if recipe.chooses_groups and recipe.group_size is not None:
         sizes.insert(0, None)
-    return [Choice(bits, size) for bits in widths for size in sizes]
+    return [Choice(bits, size, ratio) for bits in widths for size in sizes for ratio in recipe.factor_ratios]
 
 
 def units_of(blocks: Sequence[Block], recipe: Recipe) -> list[Unit]:
@@ -102,9 +104,9 @@ def _tied_path(path: str) -> str:
     return f"{parent}{dot}{'+'.join(fused)}"
 
 
-def spec_at(linear: Linear, recipe: Recipe, bits: int, *group_size: int | None) -> Spec:
-    """What a linear stores at most at one width. Raises `RequestError` when the group size does not divide it."""
-    return planned_spec(linear, recipe.at(bits, *group_size))
+def spec_at(linear: Linear, recipe: Recipe, choice: Choice) -> Spec:
+    """What a linear stores at most. Raises `RequestError` when the group size does not divide it."""
+    return planned_spec(linear, recipe.at(*choice))
 
 
 def planned_spec(linear: Linear, recipe: Recipe) -> Spec:
@@ -148,7 +150,8 @@ def low_rank_spec(linear: Linear, recipe: Recipe) -> LowRankSpec:
     shapes = {"down": (rank, linear.in_features), "up": (linear.out_features, rank)}
     factors = {}
     for name, (rows, columns) in shapes.items():
-        group_size = math.gcd(columns, recipe.group_size or columns)
+        whole = recipe.group_size is None or columns <= recipe.group_size
+        group_size = columns if whole else math.gcd(columns, recipe.group_size or columns)
         segments = ((recipe.qk_bits, columns // group_size),)
         factors[name] = GroupedIntSpec(
             out_features=rows,
@@ -169,9 +172,9 @@ def check_factorized(linears: Sequence[Linear], recipe: Recipe) -> None:
         )
 
 
-def bytes_at(linears: Sequence[Linear], recipe: Recipe, bits: int, *group_size: int | None) -> int:
-    """True bytes of all of them at one width, in groups of the recipe's size or of the given one."""
-    return sum(spec_at(linear, recipe, bits, *group_size).n_bytes for linear in linears)
+def bytes_at(linears: Sequence[Linear], recipe: Recipe, choice: Choice) -> int:
+    """True bytes of all of them."""
+    return sum(spec_at(linear, recipe, choice).n_bytes for linear in linears)
 
 
 def budget_of(linears: Sequence[Linear], recipe: Recipe) -> Budget:
@@ -181,21 +184,24 @@ def budget_of(linears: Sequence[Linear], recipe: Recipe) -> Budget:
         RequestError: the budget lies outside what the widths can reach.
     """
     n_weights = sum(linear.n_weights for linear in linears)
-    dense = replace(recipe, keep_ratio=1.0, base="")  # what factors save is there to be spent
-    totals = {bits: bytes_at(linears, dense, bits) for bits in range(1, 9)}
-    least_group = (None,) if recipe.chooses_groups else ()
+    dense = replace(recipe, keep_ratio=1.0, factor_all=False, base="")  # what factors save is there to be spent
+    totals = {bits: bytes_at(linears, dense, Choice(bits, recipe.group_size)) for bits in range(1, 9)}
+    least_group = None if recipe.chooses_groups else recipe.group_size
     if recipe.bpw is None:
         average = Fraction(str(recipe.bits))
         below, above = math.floor(average), math.ceil(average)
         n_bytes = math.floor(totals[below] + (totals[above] - totals[below]) * (average - below))
     else:
         n_bytes = math.floor(Fraction(str(recipe.bpw)) * n_weights / 8)
-        below = max((bits for bits in totals if bytes_at(linears, dense, bits, *least_group) <= n_bytes), default=1)
+        below = max(
+            (bits for bits in totals if bytes_at(linears, dense, Choice(bits, least_group)) <= n_bytes), default=1
+        )
         above = min((bits for bits in totals if totals[bits] >= n_bytes), default=8)
     lo = recipe.lo or min(below, (recipe.hi or 8) - 1)
     hi = recipe.hi or max(above, lo + 1)
     budget = Budget(n_bytes, n_weights, lo, hi)
-    least, most = bytes_at(linears, recipe, lo, *least_group), bytes_at(linears, recipe, hi)
+    least = min(bytes_at(linears, recipe, choice) for choice in choices_of(recipe, [lo]))
+    most = max(bytes_at(linears, recipe, choice) for choice in choices_of(recipe, [hi]))
     if least > n_bytes:
         raise RequestError(_out_of_reach(budget, "below", lo, least, "raise it, or lower lo"))
     if most < n_bytes:

@@ -12,13 +12,24 @@ from quantkit.recipe import Recipe
 N_PROBES = 8  # samples on which a block's output is compared
 
 
-def token_weights(recipe: Recipe, image_mask: Tensor) -> Tensor:
-    """What each token of a sample counts, float32 ``[n_tokens]``.
+def token_weights(recipe: Recipe, image_mask: Tensor) -> Tensor | None:
+    """What each token of a sample counts, float32 ``[n_tokens]``; None: all alike.
+
+    By default the image tokens of a sample together count as much as its text tokens: they are some ten times as many,
+    much like each other, and answers are read off text tokens. Where image tokens are fewer, all count alike.
 
     Args:
         image_mask: bool ``[n_tokens]``.
     """
-    image = {"all": recipe.image_weight, "text": 0.0, "image": 1.0}[recipe.tokens]
+    if recipe.solver == "boa":
+        return None  # it looks at whole attention maps
+    n_image = int(image_mask.sum())
+    n_text = len(image_mask) - n_image
+    balanced = min(1.0, n_text / n_image) if n_text and n_image else 1.0
+    weight = balanced if recipe.image_weight is None else recipe.image_weight
+    if recipe.tokens == "all" and weight == 1:
+        return None
+    image = {"all": weight, "text": 0.0, "image": 1.0}[recipe.tokens]
     text = {"all": 1.0, "text": 1.0, "image": 0.0}[recipe.tokens]
     return torch.where(image_mask, image, text).float()
 
@@ -29,6 +40,23 @@ def probes(image_masks: Sequence[Tensor] | None) -> list[int]:
         return []
     n = min(N_PROBES, len(image_masks))
     return [at * len(image_masks) // n for at in range(n)]
+
+
+def squared_error(before: Sequence[Tensor], after: Sequence[Tensor], masks: Sequence[Tensor] | None) -> float:
+    """Mean of |quantized - original|^2 / |original|^2 over the rows of text tokens, or of all where there are no masks.
+
+    Args:
+        before, after: float ``[1, n_tokens, hidden]`` per sample. Position 0 is left out: its norm hides every change.
+        masks: bool ``[n_tokens]`` per sample, true for image tokens.
+    """
+    errors = []
+    for index, (original, quantized) in enumerate(zip(before, after, strict=True)):
+        rows = original.float().flatten(0, 1)
+        change = (quantized.float().flatten(0, 1) - rows).square().sum(1) / rows.square().sum(1).clamp_min(1e-30)
+        text = torch.ones(len(rows), dtype=torch.bool) if masks is None else ~masks[index].cpu()
+        errors.append(change[1:].cpu()[text[1:]])
+    error = torch.cat(errors)
+    return float(error.double().mean()) if len(error) else 0.0
 
 
 def modality_errors(before: Sequence[Tensor], after: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, float]:

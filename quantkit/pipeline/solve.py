@@ -54,7 +54,8 @@ def solve_linear(
     Args:
         weight: float ``[out_features, in_features]``.
         statistics: of its inputs; None when the recipe needs no calibration.
-        heads: for ``solver=boa``, what attention does with its outputs; all rows, each once. Without it BoA is GPTQ.
+        heads: for ``solver=boa`` and low-rank factors, what attention does with its outputs; all rows, each once.
+            Without it BoA is GPTQ, and factors are the best for the outputs themselves.
 
     Raises:
         QuantkitError: with the linear's name in front.
@@ -80,14 +81,14 @@ def _solve(
         return _solve_signs(weight, hessian, statistics, recipe)
     group_size = recipe.group_size or linear.in_features
     if is_factorized(linear, recipe):
-        return _solve_low_rank(linear, weight, hessian, statistics, recipe)
+        return _solve_low_rank(linear, weight, hessian, statistics, recipe, heads)
     bits = (recipe.width,) * (linear.in_features // group_size)
     if recipe.allocator == "sba":
         bits = _allocate_sba(weight, hessian, statistics, group_size, recipe)
     cross = statistics.cross() if statistics else None
     if cross is not None and hessian is not None:
         weight = corrected_target(weight, hessian, cross, recipe.correction, recipe.damping)
-    if heads:
+    if heads and recipe.solver == "boa":
         assert hessian is not None
         quantized, damping = _solve_heads(weight, hessian, heads, bits, recipe)
         return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
@@ -124,7 +125,12 @@ def _solve_grouped(
 
 
 def _solve_low_rank(
-    linear: Linear, weight: Tensor, hessian: Tensor | None, statistics: InputStatistics | None, recipe: Recipe
+    linear: Linear,
+    weight: Tensor,
+    hessian: Tensor | None,
+    statistics: InputStatistics | None,
+    recipe: Recipe,
+    heads: Sequence[HeadFactors],
 ) -> Solved:
     """Queries or keys as two factors, each solved by the recipe at ``qk_bits``."""
     assert hessian is not None
@@ -142,7 +148,8 @@ def _solve_low_rank(
 
         return solve
 
-    quantized = quantized_factors(weight, hessian, spec.rank, solver(spec.down), solver(spec.up))
+    rows = heads[0].row_factors if heads else None  # a linear of queries or keys alone: its rows are in order
+    quantized = quantized_factors(weight, hessian, spec.rank, solver(spec.down), solver(spec.up), rows)
     return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), max(dampings))
 
 

@@ -22,7 +22,7 @@ from quantkit.formats.sign_salient import SignSalient
 from quantkit.formats.storage import pack, spec_from_json, unpack
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear, kind_of
-from quantkit.pipeline.allocate import Allocator, ScoredBlock, needs_activations
+from quantkit.pipeline.allocate import Allocator, needs_activations
 from quantkit.pipeline.attend import AttentionWatch
 from quantkit.pipeline.budget import Choice
 from quantkit.pipeline.factorize import factorize_linear, ranks_of
@@ -30,6 +30,7 @@ from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.modality import modality_errors, probes, token_weights
 from quantkit.pipeline.outside import OutsideMatrix, set_embedding
 from quantkit.pipeline.request import Listener, ModuleReport, QuantizeRequest
+from quantkit.pipeline.scored import ScoredBlock
 from quantkit.pipeline.solve import SAMPLE_ROWS, Solved, relative_error, solve_linear
 from quantkit.pipeline.tune import BlockTuning
 from quantkit.pipeline.vision import round_vision, solve_vision
@@ -192,9 +193,7 @@ class Walk:
 
     def _weights(self, sample: int) -> Tensor | None:
         """What each token counts; None: all alike."""
-        if self.image_masks is None or not self.recipe.weighs_tokens:
-            return None
-        return token_weights(self.recipe, self.image_masks[sample])
+        return None if self.image_masks is None else token_weights(self.recipe, self.image_masks[sample])
 
     def _replay_block(self, index: int, block: Block) -> None:
         """A finished block, run again from its packed tensors: the same bytes give the same hidden states."""
@@ -264,7 +263,9 @@ class Walk:
         wants_rows = self.recipe.mixes_groups and self.recipe.criterion == "kl"
         rows = -(-SAMPLE_ROWS // len(self.hidden)) if wants_rows else 0
         linears = {linear.path: module.get_submodule(linear.path) for linear in stage}
-        recorder = StatisticsRecorder(linears, rows, absmax=self.recipe.salience == "absmax")
+        recorder = StatisticsRecorder(
+            linears, rows, absmax=self.recipe.salience == "absmax", strict=self.recipe.weighs_tokens
+        )
         paths = [linear.path for linear in stage]
         watch = AttentionWatch(self.skeleton.blocks[index].name, module, paths, self.recipe, self.listener.note)
         with recorder.recording(), watch.recording():

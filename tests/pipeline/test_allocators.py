@@ -34,7 +34,7 @@ from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.models.skeleton import Skeleton
 from quantkit.models.structure import Block, Linear
 from quantkit.pipeline import default_output, dry_run
-from quantkit.pipeline.budget import budget_of, bytes_at, units_of
+from quantkit.pipeline.budget import Choice, budget_of, bytes_at, units_of
 from quantkit.pipeline.journal import work_folder
 from quantkit.recipe import Recipe, recipe_from_json, resolve
 
@@ -339,13 +339,14 @@ def test_a_fraction_buys_its_share_of_equal_blocks(
     budget = budget_of(linears, recipe)
     below, above, share = between
     one = linears[:1]
-    assert budget.n_bytes == (10 - share) * bytes_at(one, recipe, below) + share * bytes_at(one, recipe, above)
+    sizes = [bytes_at(one, recipe, Choice(width, 64)) for width in (below, above)]
+    assert budget.n_bytes == (10 - share) * sizes[0] + share * sizes[1]
     assert (budget.lo, budget.hi) == widths
 
 
 def test_widths_beside_a_budget_in_stored_bits() -> None:
     linears = [block.linears[0] for block in blocks_of([(64, 128)] * 10)]
-    exact = 8 * bytes_at(linears, Recipe(group_size=64), 3) / (10 * 64 * 128)
+    exact = 8 * bytes_at(linears, Recipe(group_size=64), Choice(3, 64)) / (10 * 64 * 128)
 
     def widths(**settings: Any) -> tuple[int, int]:
         budget = budget_of(linears, Recipe(allocator="zd", group_size=64, **settings))

@@ -23,6 +23,7 @@ from quantkit.pipeline.sparsity import Condition
 from quantkit.recipe import resolve
 
 HALF = ["keep_ratio=0.5"]  # a quarter of the tiny model's keys leaves no rank
+EVERY = [*HALF, "factor_all=true"]
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,18 @@ def assert_computes_with_its_weights(source: Path, output: Path, kind: Any) -> N
 
 @pytest.mark.parametrize(
     "settings",
-    [[], ["qk_bits=8", "lo=1", "hi=5"], ["base=slim", "criterion=kl"], ["base=refined"], ["allocator=lim"]],
+    [
+        EVERY,
+        [*EVERY, "qk_bits=8", "lo=1", "hi=5"],
+        [*EVERY, "base=slim", "criterion=kl"],
+        [*EVERY, "base=refined", "image_weight=0.1"],
+        [*HALF, "allocator=lim"],
+    ],
     ids=str,
 )
 def test_casp(settings: list[str], models: Path, pictures: Path, tmp_path: Path) -> None:
     source = tiny_vision_model("llava", models)
-    result = picture_run(source, tmp_path / "out", pictures, "casp", bits=2.5, settings=[*HALF, *settings])
+    result = picture_run(source, tmp_path / "out", pictures, "casp", bits=2.5, settings=settings)
     assert_computes_with_its_weights(source, result.output, AutoModelForImageTextToText)
     report = read_json(result.output / "report.json")
     allocation = report["allocation"]
@@ -75,9 +82,41 @@ def test_casp(settings: list[str], models: Path, pictures: Path, tmp_path: Path)
     assert allocation["condition"].keys() == {"attention_density", "image_redundancy", "image_share", "holds"}
 
 
+def test_factors_where_they_pay(models: Path, pictures: Path, tmp_path: Path) -> None:
+    """Where queries and keys have a low rank, factors lose next to nothing; where all directions matter, too much."""
+    source = tiny_vision_model("llava", models)
+    chosen = {}
+    for rank in (2, None):
+        model = AutoModelForImageTextToText.from_pretrained(source)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "language_model" in name and name.endswith(("q_proj.weight", "k_proj.weight")):
+                rows, columns = parameter.shape
+                left = torch.randn(rows, rank or rows, generator=generator)
+                parameter.data = left @ torch.randn(rank or rows, columns, generator=generator) / (rank or rows) ** 0.5
+        folder = tmp_path / f"rank-{rank}"
+        model.save_pretrained(folder)
+        for file in source.iterdir():
+            if not (folder / file.name).exists():
+                (folder / file.name).write_bytes(file.read_bytes())
+        options: dict[str, Any] = {"bits": 2.5, "settings": [*HALF, "qk_bits=4", "base=gptq"]}
+        result = picture_run(folder, tmp_path / f"out-{rank}", pictures, "casp", **options)
+        allocation = read_json(result.output / "report.json")["allocation"]
+        chosen[rank] = [unit["keep_ratio"] for unit in allocation["units"]]
+        modules = open_folder(result.output).modules
+        for unit, ratio in zip(allocation["units"], chosen[rank], strict=True):
+            spec = modules[f"{unit['name']}.self_attn.q_proj"].spec
+            assert isinstance(spec, LowRankSpec if ratio < 1 else GroupedIntSpec)
+        assert 8 * sum(m.spec.n_bytes for m in modules.values()) <= allocation["budget_bpw"] * sum(
+            m.spec.n_weights for m in modules.values()
+        )
+    assert max(chosen[2]) < 1
+    assert set(chosen[None]) == {1}
+
+
 def test_queries_and_keys_keep_their_biases(models: Path, text: Path, tmp_path: Path) -> None:
     source = tiny_model("qwen2", models)
-    result = small_run(source, tmp_path / "out", text, "casp", bits=2.5, settings=HALF)
+    result = small_run(source, tmp_path / "out", text, "casp", bits=2.5, settings=EVERY)
     assert_computes_with_its_weights(source, result.output, AutoModelForCausalLM)
     assert "model.layers.0.self_attn.q_proj.bias" in find_tensors(result.output)
 
@@ -94,7 +133,7 @@ def test_one_width_with_factors(models: Path, text: Path, tmp_path: Path) -> Non
 
 def test_resumed_bytes_are_those_of_an_undisturbed_run(models: Path, pictures: Path, tmp_path: Path) -> None:
     source = tiny_vision_model("llava", models)
-    options: dict[str, Any] = {"method": "casp", "bits": 2.5, "settings": HALF}
+    options: dict[str, Any] = {"method": "casp", "bits": 2.5, "settings": [*HALF, "qk_bits=2"]}
     whole = picture_run(source, tmp_path / "whole", pictures, **options)
     with pytest.raises(Interrupted):
         picture_run(source, tmp_path / "again", pictures, listener=StopAfter(1), **options)
@@ -146,6 +185,8 @@ def test_a_rank_of_nothing_is_refused(models: Path, text: Path, tmp_path: Path) 
         (["qk_bits=9"], "qk_bits must be 1 to 8, not 9"),
         (["solver=boa"], "solver=boa rounds queries and keys head by head"),
         (["allocator=error"], "keep_ratio fixes what queries and keys store; use an allocator over blocks"),
+        (["factor_all=true", "keep_ratio=1"], "factor_all leaves allocator=casp no choice"),
+        (["factor_all=true", "allocator=lim"], "factor_all leaves allocator=casp no choice"),
         (["base=boa"], "base=boa cannot be combined"),
         (["reverse=true"], "allocator=casp weighs losses against bytes instead"),
         (["base=slim", "symmetric=true"], "allocator=sba with symmetric grids is not supported"),

@@ -146,7 +146,7 @@ def test_statistics_of_one_modality_serve_that_modality(models: Path, pictures: 
 
 def test_a_huge_image_weight_is_nearly_image_only(models: Path, pictures: Path, tmp_path: Path) -> None:
     source = tiny_vision_model("llava", models)
-    runs = [["tokens=image"], ["image_weight=1000"], []]
+    runs = [["tokens=image"], ["image_weight=1000"], ["image_weight=1"]]
     errors = [
         read_json(picture_run(source, tmp_path / str(i), pictures, settings=settings).output / "report.json")["blocks"]
         for i, settings in enumerate(runs)
@@ -169,11 +169,23 @@ def test_probes_and_errors_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
-    [([], [1, 1]), (["tokens=text"], [1, 0]), (["tokens=image"], [0, 1]), (["image_weight=0.25"], [1, 0.25])],
+    [
+        ([], [1, 0.25, 0.25, 0.25, 0.25]),  # four image tokens count as much as the one text token
+        (["tokens=text"], [1, 0, 0, 0, 0]),
+        (["tokens=image"], [0, 1, 1, 1, 1]),
+        (["image_weight=0.5"], [1, 0.5, 0.5, 0.5, 0.5]),
+        (["image_weight=1"], None),
+        (["solver=boa"], None),
+    ],
 )
-def test_token_weights(settings: list[str], expected: list[float]) -> None:
-    recipe = resolve("gptq", settings=settings)
-    assert token_weights(recipe, torch.tensor([False, True])).tolist() == expected
+def test_token_weights(settings: list[str], expected: list[float] | None) -> None:
+    weights = token_weights(resolve("gptq", settings=settings), torch.tensor([False, True, True, True, True]))
+    assert (None if weights is None else weights.tolist()) == expected
+
+
+@pytest.mark.parametrize("mask", [[False, False, True], [True, True], [False]], ids=["few", "only", "none"])
+def test_image_tokens_never_count_more_than_text_by_default(mask: list[bool]) -> None:
+    assert token_weights(resolve("gptq"), torch.tensor(mask)) is None
 
 
 def test_text_alone_is_allowed_with_a_note(models: Path, text: Path, pictures: Path, tmp_path: Path) -> None:
