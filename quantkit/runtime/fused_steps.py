@@ -95,9 +95,9 @@ class FusedSteps:
                 _Block(
                     (layer.input_layernorm.weight, layer.post_attention_layernorm.weight),
                     stack_linears(layer.self_attn, ("q_proj", "k_proj", "v_proj")),
-                    layer.self_attn.o_proj,
+                    stack_linears(layer.self_attn, ("o_proj",)),
                     stack_linears(layer.mlp, ("gate_proj", "up_proj")),
-                    layer.mlp.down_proj,
+                    stack_linears(layer.mlp, ("down_proj",)),
                     state,
                 )
             )

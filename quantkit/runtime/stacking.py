@@ -1,8 +1,8 @@
 """Linears that read the same activations as one: query, key and value; gate and up. One launch instead of several.
 
 Rows of a `grouped_int` weight are independent, so weights of one width are stacked by putting the rows of one below
-those of the other; so are dense ones. The other formats (and mixed widths in different orders) differ in what they do
-to the columns: those are called one after the other, and their results joined.
+those of the other; so are dense ones. The sign formats are stacked in another way (sign_stacks.py). What cannot be
+stacked (mixed widths in different orders, factors of integers) is called one after the other, and the results joined.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from quantkit.errors import RequestError
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.packing import pack_bits, unpack_bits
+from quantkit.formats.sign_factors import SignFactorsSpec
+from quantkit.formats.sign_salient import SALIENT, SignSalientSpec
+from quantkit.formats.spec import with_prefix
 from quantkit.runtime.packed_linear import PackedLinear
+from quantkit.runtime.sign_stacks import FactorStack, SalientStack
 
 
 class Moved(nn.Module):
@@ -42,8 +46,13 @@ class Joined(nn.Module):
 
 
 def stack_linears(parent: nn.Module, names: Sequence[str]) -> nn.Module:
-    """One module with the results of the named children side by side; the children are `Moved`."""
+    """One module with the results of the named children side by side; the children are `Moved`.
+
+    It takes ``[m, in]``. A single child that gains nothing stays where it is.
+    """
     linears = [parent.get_submodule(name) for name in names]
+    if len(names) == 1 and not _has_signs(linears[0]):
+        return linears[0]
     for name in names:
         setattr(parent, name, Moved())
     if all(type(linear) is nn.Linear for linear in linears):
@@ -53,17 +62,25 @@ def stack_linears(parent: nn.Module, names: Sequence[str]) -> nn.Module:
     return Joined(linears)
 
 
+def _has_signs(linear: nn.Module) -> bool:
+    return isinstance(linear, PackedLinear) and isinstance(linear.spec, SignSalientSpec | SignFactorsSpec)
+
+
 def _stack_dense(linears: Sequence[Any]) -> nn.Linear:
     weight = torch.cat([linear.weight for linear in linears])
     stacked = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     stacked.weight = nn.Parameter(weight, requires_grad=False)
-    stacked.register_parameter("bias", _stack_biases(linears))
+    stacked.register_parameter("bias", _bias(linears))
     return stacked
 
 
-def _stack_packed(linears: Sequence[Any]) -> PackedLinear | None:
+def _stack_packed(linears: Sequence[Any]) -> nn.Module | None:
     """None where the weights cannot be one."""
     specs = [linear.spec for linear in linears]
+    if all(isinstance(spec, SignSalientSpec) for spec in specs) and SalientStack.fits(specs):
+        return SalientStack(linears, _stack_salient(specs, [each.stored_tensors() for each in linears]), _bias(linears))
+    if all(isinstance(spec, SignFactorsSpec) for spec in specs) and FactorStack.fits(specs):
+        return FactorStack(linears, _bias(linears))
     if not all(isinstance(spec, GroupedIntSpec) for spec in specs):
         return None
     if len({replace(spec, out_features=1) for spec in specs}) > 1:
@@ -74,7 +91,7 @@ def _stack_packed(linears: Sequence[Any]) -> PackedLinear | None:
     ):
         return None
     spec = replace(specs[0], out_features=sum(each.out_features for each in specs))
-    bias = _stack_biases(linears)
+    bias = _bias(linears)
     first = linears[0]
     stacked = PackedLinear(spec, bias=bias is not None, dtype=first.weight.dtype, device=first.weight.device)
     for name, tensor in stack_tensors(specs, tensors).items():
@@ -103,7 +120,21 @@ def stack_tensors(specs: Sequence[GroupedIntSpec], tensors: Sequence[dict[str, T
     return stacked
 
 
-def _stack_biases(linears: Sequence[Any]) -> nn.Parameter | None:
+def _stack_salient(specs: Sequence[SignSalientSpec], tensors: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Signs, scales, means and integers of all rows; what belongs to columns is that of the first."""
+    by_row = ("signs", "row_scales", "row_means")
+    stacked = {
+        name: torch.cat([each[name] for each in tensors]) if name in by_row else tensors[0][name] for name in tensors[0]
+    }
+    parts = [spec.salient for spec in specs if spec.salient]
+    if parts:
+        names = parts[0].tensor_layout()
+        own = [{name: each[SALIENT + name] for name in names} for each in tensors]
+        stacked |= with_prefix(SALIENT, stack_tensors(parts, own))
+    return {name: stacked[name] for name in specs[0].tensor_layout()}
+
+
+def _bias(linears: Sequence[Any]) -> nn.Parameter | None:
     if all(linear.bias is None for linear in linears):
         return None
     parts = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]

@@ -8,6 +8,8 @@ from interpreter_cases import edges_untouched, guarded
 
 from quantkit.kernels.decode_step import SPLITS, AttentionState, add_norm, attend, gated, new_scratch
 from quantkit.kernels.decode_step_triton import add_norm_kernel, attention_kernel, gated_kernel
+from quantkit.kernels.gather import gather
+from quantkit.kernels.gather_triton import gather_kernel
 
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-6}  # two roundings; bfloat16 truncates
 DTYPES = list(ROUNDING)
@@ -85,3 +87,19 @@ def test_attention(position, group, dtype):
     tolerance = 4 * ROUNDING[dtype]
     for found, wanted in ((keys, expected_cache[0]), (values, expected_cache[1]), (out, expected)):
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=found is not out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [set(), {"scales"}, {"more", "bias"}, {"scales", "more", "bias"}])
+def test_gather(options, dtype):
+    values, more = random(3, 50, dtype=dtype), random(3, 50, dtype=dtype, seed=1)
+    index = torch.randint(-1, 150, (2, 45), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    given = {"scales": random(2, 45, seed=3), "more": more, "bias": random(2, 45, seed=4)}
+    given = {name: tensor for name, tensor in given.items() if name in options}
+    out, kept = inside_guards(torch.full((2, 45), float("nan"), dtype=dtype))
+    gather_kernel[(2,)](
+        values, given.get("more"), index, given.get("scales"), given.get("bias"), out, 90, HAS_MORE="more" in options,
+        HAS_SCALES="scales" in options, HAS_BIAS="bias" in options, COLUMNS=64,
+    )  # fmt: skip
+    assert kept()
+    torch.testing.assert_close(out, gather(values, index, **given), rtol=ROUNDING[dtype], atol=ROUNDING[dtype])

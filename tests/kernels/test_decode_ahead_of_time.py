@@ -59,3 +59,13 @@ def test_probes(compile_for_sm90):
     numbers = torch.zeros(8, dtype=torch.int32)
     read = {"source": numbers, "sink": numbers, "per_program": 16}
     assert "LDG.E.128" in check(compile_for_sm90, read_kernel, (1,), read, BLOCK=4096, num_warps=8)
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_gather(compile_for_sm90, every):
+    from quantkit.kernels.gather_triton import gather_kernel
+
+    x, index, numbers = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int32), torch.zeros(64)
+    given = {"values": x, "more": x, "index": index, "scales": numbers, "bias": x, "out": x, "n": 1 << 16}
+    options = {"HAS_MORE": every, "HAS_SCALES": every, "HAS_BIAS": every, "COLUMNS": 512, "num_warps": 4}
+    check(compile_for_sm90, gather_kernel, (1,), given, **options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packed_weights import activations
+from sign_weights import random_sign_factors, random_sign_salient
 from tiny_models import tiny_model
 from torch import nn
 
@@ -11,11 +13,13 @@ from quantkit.errors import RequestError
 from quantkit.evaluation.random_models import random_llama
 from quantkit.evaluation.random_weights import random_spec, random_tensors
 from quantkit.formats.grouped_int import unpack
+from quantkit.formats.storage import pack
 from quantkit.runtime.fused_steps import FusedSteps, why_not
 from quantkit.runtime.graphs import GraphDecoder
 from quantkit.runtime.loading import load
 from quantkit.runtime.packed_linear import PackedLinear
-from quantkit.runtime.stacking import Joined, stack_linears, stack_tensors
+from quantkit.runtime.sign_stacks import FactorStack, SalientStack
+from quantkit.runtime.stacking import Joined, Moved, stack_linears, stack_tensors
 
 SHAPE = {
     "hidden_size": 1024,
@@ -30,20 +34,27 @@ PROMPT = torch.arange(7, 12)[None]
 
 @pytest.mark.parametrize(
     ("format", "stacked"),
-    [(None, nn.Linear), ("int2", PackedLinear), ("int3-zeros", PackedLinear), ("slim-2", Joined), ("ptq161", Joined)],
+    [
+        (None, nn.Linear),
+        ("int2", PackedLinear),
+        ("int3-zeros", PackedLinear),
+        ("slim-2", Joined),
+        ("ptq161", SalientStack),
+        ("littlebit-0.55", FactorStack),
+    ],
 )
 @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:, :1]])
 def test_tokens_and_logits_of_the_model(format, stacked, prompt):
     model = random_llama(SHAPE, format, "int4" if format else None, device="cpu", dtype=torch.float32)
     plain = GraphDecoder(model, 32)
-    expected = plain.generate(prompt, 14)
+    expected = plain.generate(prompt, 6)
     wanted = plain.logits
     fused = GraphDecoder(model, 32, fuse=True)
     assert type(fused.steps.blocks[0].qkv) is stacked
     assert type(fused.steps.blocks[1].gate_up) is stacked
-    assert torch.equal(fused.generate(prompt, 14), expected)
+    assert torch.equal(fused.generate(prompt, 6), expected)
     torch.testing.assert_close(fused.logits, wanted, rtol=1e-3, atol=1e-4)
-    assert torch.equal(fused.generate(prompt, 14), expected)  # what an earlier text left does not matter
+    assert torch.equal(fused.generate(prompt, 6), expected)  # what an earlier text left does not matter
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
@@ -119,6 +130,67 @@ def test_a_missing_bias_is_zero():
     stacked = stack_linears(parent, ("a", "b"))
     assert stacked.bias[:3].tolist() == [0, 0, 0]
     torch.testing.assert_close(stacked(x), expected)
+
+
+def siblings(weights, biases):
+    linears = nn.ModuleDict()
+    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        spec = weight.spec()
+        linear = PackedLinear(spec, bias=bias)
+        state = {"weight": torch.empty(0), **pack(weight)}
+        if bias:
+            state["bias"] = torch.linspace(-1, 1, spec.out_features)
+        linear.load_state_dict(state)
+        linears[str(number)] = linear
+    return linears
+
+
+SALIENT = {"row_means": True, "column_scales": True, "salient_bits": (4, 4), "salient_group": 16}
+STACKS = {
+    "factors": [random_sign_factors(n, rows, 100, (16 + n, 9)) for n, rows in enumerate((40, 24, 8))],
+    "one path": [random_sign_factors(n, rows, 128, (70,)) for n, rows in enumerate((40, 24))],
+    "salient": [random_sign_salient(n, rows, 100, **SALIENT) for n, rows in enumerate((40, 24, 8))],
+    "signs": [random_sign_salient(n, rows, 64) for n, rows in enumerate((8, 9))],
+    "alone": [random_sign_salient(0, 10, 100, **SALIENT)],
+    "alone factors": [random_sign_factors(0, 10, 100, (16, 9))],
+}
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kind", STACKS)
+def test_stacks_of_sign_formats(kind, with_bias):
+    """Each sibling has columns, scales and ranks of its own; one of them has no bias."""
+    weights = STACKS[kind]
+    linears = siblings(weights, [with_bias and number != 1 for number in range(len(weights))])
+    biases = [linear.bias for linear in linears.values()]
+    names = tuple(linears)
+    stack = stack_linears(linears, names)
+    assert type(stack) in (SalientStack, FactorStack)
+    assert all(type(linear) is Moved for linear in linears.values())
+    for m in (1, 3):
+        x = activations(1, m, weights[0].spec().in_features)
+        parts = []
+        for weight, bias in zip(weights, biases, strict=True):
+            product = x.double() @ weight.dequantize().double().t()
+            parts.append(product if bias is None else product + bias.double())
+        size = torch.cat([x.double().abs() @ weight.dequantize().double().abs().t() for weight in weights], 1)
+        error = (stack(x).double() - torch.cat(parts, 1)).abs()
+        assert float((error / (size + 1)).max()) < 1e-4
+
+
+def test_siblings_that_cannot_be_stacked_are_joined():
+    pairs = [
+        [random_sign_factors(0, 8, 64, (8,)), random_sign_factors(1, 8, 64, (8, 8))],
+        [random_sign_salient(0, 8, 64), random_sign_salient(1, 8, 64, row_means=True)],
+        [random_sign_salient(0, 8, 64), random_sign_factors(1, 8, 64, (8,))],
+    ]
+    for weights in pairs:
+        linears = siblings(weights, [False, False])
+        joined = stack_linears(linears, ("0", "1"))
+        assert type(joined) is Joined
+        x = activations(1, 2, 64)
+        expected = torch.cat([x.double() @ weight.dequantize().double().t() for weight in weights], 1)
+        torch.testing.assert_close(joined(x).double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.gpu
