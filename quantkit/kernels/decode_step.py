@@ -67,17 +67,18 @@ def add_norm(residual: Tensor, update: Tensor | None, weight: Tensor, eps: float
     out = torch.empty_like(residual)
     n = residual.shape[1]
     block = 1 << (n - 1).bit_length()
-    _kernels().add_norm_kernel[(len(residual),)](
-        residual,
-        residual if update is None else update,
-        weight,
-        out,
-        n,
-        eps,
-        HAS_UPDATE=update is not None,
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
-    )
+    with torch.cuda.device(residual.device):  # Triton launches on the current device
+        _kernels().add_norm_kernel[(len(residual),)](
+            residual,
+            residual if update is None else update,
+            weight,
+            out,
+            n,
+            eps,
+            HAS_UPDATE=update is not None,
+            BLOCK=block,
+            num_warps=min(16, max(1, block // 512)),
+        )
     return out
 
 
@@ -88,7 +89,8 @@ def gated(gate_up: Tensor) -> Tensor:
         return torch.nn.functional.silu(gate_up[:, :n].float()).mul(gate_up[:, n:].float()).to(gate_up.dtype)
     out = gate_up.new_empty(len(gate_up), n)
     grid = (len(gate_up), -(-n // _COLUMNS))
-    _kernels().gated_kernel[grid](gate_up, out, n, COLUMNS=_COLUMNS, num_warps=4)
+    with torch.cuda.device(gate_up.device):
+        _kernels().gated_kernel[grid](gate_up, out, n, COLUMNS=_COLUMNS, num_warps=4)
     return out
 
 
@@ -107,26 +109,27 @@ def attend(qkv: Tensor, state: AttentionState) -> Tensor:
     if not qkv.is_cuda:
         return _attend_reference(qkv, state, heads)
     out = qkv.new_empty(1, heads * head_dim)
-    _kernels().attention_kernel[(kv_heads, SPLITS)](
-        qkv,
-        state.cos,
-        state.sin,
-        state.keys,
-        state.values,
-        out,
-        state.partial,
-        state.counters,
-        state.length,
-        state.scale,
-        max_length,
-        GROUP=heads // kv_heads,
-        ROWS=_ROWS,
-        HEAD_DIM=head_dim,
-        BLOCK=_BLOCK,
-        SPLITS=SPLITS,
-        WIDE=qkv.dtype == torch.float32,
-        num_warps=4,
-    )
+    with torch.cuda.device(qkv.device):
+        _kernels().attention_kernel[(kv_heads, SPLITS)](
+            qkv,
+            state.cos,
+            state.sin,
+            state.keys,
+            state.values,
+            out,
+            state.partial,
+            state.counters,
+            state.length,
+            state.scale,
+            max_length,
+            GROUP=heads // kv_heads,
+            ROWS=_ROWS,
+            HEAD_DIM=head_dim,
+            BLOCK=_BLOCK,
+            SPLITS=SPLITS,
+            WIDE=qkv.dtype == torch.float32,
+            num_warps=4,
+        )
     return out
 
 

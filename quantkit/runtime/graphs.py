@@ -118,7 +118,8 @@ class GraphDecoder:
         if self._graph is None:
             self._record()
         assert self._graph is not None
-        self._graph.replay()
+        with torch.cuda.device(self.device):
+            self._graph.replay()
         self.logits = self._graph_logits
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None = None) -> Tensor:
@@ -165,7 +166,7 @@ class GraphDecoder:
         graph = torch.cuda.CUDAGraph()
         gc.disable()  # a kernel that is destroyed during capture ends it
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.device(self.device), torch.cuda.graph(graph):
                 self._step()
         finally:
             gc.enable()

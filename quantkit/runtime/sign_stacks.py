@@ -109,6 +109,11 @@ class SalientStack(SignStack):
             return torch.cat([self._own(x, copy) for copy in range(len(self.starts))], 1)
         copies = gather(x, self.order, scales=self.scales)
         signed, salient = self._split(copies)
+        if len(self.starts) == 1:  # the bias of the second product is what the first one gave
+            binary = grouped_int.matmul(signed, self.binary, self.held("signs_"), self.bias)
+            if self.salient is None:
+                return binary
+            return grouped_int.matmul(salient, self.salient, self.held("integers_"), binary[0])
         binary = grouped_int.matmul(signed, self.binary, self.held("signs_"))
         more = grouped_int.matmul(salient, self.salient, self.held("integers_")) if self.salient else None
         return gather(binary, self.kept, more=more, bias=None if self.bias is None else self.bias[None])
