@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit.algorithms.kv.registry import parse_kv_spec
 from quantkit.evaluation.gpu_timing import REPLAYS, Call, Competitor, measure, n_copies, require_gpu
-from quantkit.kernels.kv_decode import DecodeConfig, choose_config, decode
+from quantkit.kernels.kv_decode import DecodeConfig, Decoder
 from quantkit.runtime.kv_sequence import SequenceCache
 
 HEADS, HEAD_DIM = 8, 128
@@ -103,9 +103,8 @@ def quantized(
 
 
 def _call(sequence: SequenceCache, query: Tensor, config: DecodeConfig | None) -> Call:
-    cache = sequence.packed()
-    configs = [config or choose_config(each.spec, each.tensors["key_words"].shape[1]) for each in cache.pages]
-    return lambda: decode(query, HEAD_DIM**-0.5, cache, configs, torch.bfloat16).output
+    cache, decoder = sequence.packed(), Decoder()
+    return lambda: decoder.run(query, HEAD_DIM**-0.5, cache, torch.bfloat16, config=config).output
 
 
 def _dense(sequence: SequenceCache, query: Tensor) -> Tensor:

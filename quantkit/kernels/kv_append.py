@@ -44,7 +44,7 @@ def append_launch(
 
     Args:
         which: "key" or "value".
-        tokens: float16 [heads, n, head_dim], original basis, contiguous.
+        tokens: float16 [heads, n, head_dim], original basis; those of a head contiguous.
         start: the slot of the first token; slots from there on are empty, and their pages exist.
         tensors: of the pages, written.
         spec: of the pages.
@@ -83,6 +83,9 @@ def append_launch(
 def append(which: str, tokens: Tensor, start: int, tensors: dict[str, Tensor], spec: PageSpec, **options: Any) -> None:
     """Code tokens into pages on a GPU; arguments as `append_launch`."""
     kernel = import_module("quantkit.kernels.kv_append_triton").append_kernel
-    grid, arguments = append_launch(which, tokens.contiguous(), start, tensors, spec, **options)
+    head_dim = tokens.shape[2]
+    if tokens.stride()[1:] != (head_dim, 1):
+        tokens = tokens.contiguous()
+    grid, arguments = append_launch(which, tokens, start, tensors, spec, **options)
     with torch.cuda.device(tokens.device):
         kernel[grid](**arguments)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantkit.kernels.kv_attention_triton import PAGE, _rotate
+from quantkit.kernels.kv_attention_triton import PAGE
+from quantkit.kernels.kv_rotation_triton import rotate_rows
 
 MIN_SCALE = tl.constexpr(2.0**-14)
 MAX_FLOAT16 = tl.constexpr(65504.0)
@@ -83,7 +84,7 @@ def append_kernel(
         if CHANNEL_SCALES:
             x /= tl.load(channel_scales + head * D + channel).to(tl.float32)[None, :]
         if ROTATE:
-            x = _rotate(x, D)
+            x = rotate_rows(x, D)
         code, scale, offset = _encode(x, clip, START, BITS, OFFSETS)
         joined |= tl.where(inside[:, None], code, 0) << (field * BITS)
         tl.store(scales + head * scale_stride + slot, scale, mask=inside)

@@ -8,11 +8,12 @@ with the exponent bits masked is the float16 subnormal code * 2**(p - 24), see g
     O   [D, columns]   += field_e(V) [D, run] P_e [run, columns]    the same tokens: nothing is shuffled
 
 Scales multiply scores and probabilities, not codes; offsets are a rank-1 term. The key rotation is done to the query,
-in registers. Tokens in 16 bits are one more split, whose output is brought onto the basis of the pages. `merge_kernel`
-reads all splits at once: a loop over them would cost one memory latency each.
+and the value rotation undone to what a split found, in registers. Tokens in 16 bits are splits of their own, and one
+of these may also take in the newest token. `merge_kernel` reads all splits at once: a loop over them would cost one
+memory latency each.
 
-How many tokens there are is read from the device, and splits without tokens write weights of zero: a captured graph
-replays at any length up to the allocated pages.
+How many tokens there are is read from the device, where the count of tokens in 16 bits is also advanced: a captured
+graph goes on where it is, at any length up to the allocated pages.
 
 `ASM=False` replaces the inline PTX by Triton operations with the same result, for the interpreter.
 """
@@ -23,26 +24,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quantkit.kernels.grouped_int_triton import _field, _field_position, _field_shift
+from quantkit.kernels.kv_rotation_triton import rotate_columns
 
 PAGE = tl.constexpr(128)
 LOW = tl.constexpr(-1e30)  # stands for minus infinity, whose differences are not numbers
-
-
-@triton.constexpr_function
-def _log2(size):
-    return size.bit_length() - 1
-
-
-@triton.jit
-def _rotate(x, D: tl.constexpr):
-    """x H for x float32 [columns, D]: each step transforms the highest bit of the index and makes it the lowest."""
-    COLUMNS: tl.constexpr = x.shape[0]
-    for _ in tl.static_range(_log2(D)):
-        first, second = tl.split(tl.permute(tl.reshape(x, (COLUMNS, 2, D // 2)), (0, 2, 1)))
-        x = tl.reshape(tl.join(first + second, first - second), (COLUMNS, D))
-    return x * (D**-0.5)
 
 
 @triton.jit
@@ -54,197 +42,308 @@ def _plane(words, FIELD: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.constexpr_function
-def _power(exponent):
-    return 2.0**exponent
+def _unit(bits, field):
+    """What one code step adds to the operand of a plane."""
+    return 2.0 ** (_field_position(bits, field, False) - 24)
 
 
 @triton.jit
-def _store_split(
-    output, top, total, outputs, tops, totals, slot, D: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """output [D, columns] and its softmax's maximum and sum, of one split of one head."""
-    channel = tl.arange(0, D)
-    column = tl.arange(0, COLUMNS)
-    tl.store(outputs + slot.to(tl.int64) * (D * COLUMNS) + channel[:, None] * COLUMNS + column[None, :], output)
-    tl.store(tops + slot * COLUMNS + column, top)
-    tl.store(totals + slot * COLUMNS + column, total)
+def _prefetch(pointer, nbytes, ASM: tl.constexpr):
+    """Thread 0 has nbytes, a multiple of 16, brought to the L2 cache; nobody waits."""
+    if ASM:
+        tl.inline_asm_elementwise(
+            "{.reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+            "@p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;}",
+            "=r,l,r",
+            [pointer.to(tl.int64), nbytes],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _load_planes(pointer, FIELDS: tl.constexpr, RUN: tl.constexpr):
+    """What a page has for each token, as a tuple of planes."""
+    planes = ()
+    for field in tl.static_range(FIELDS):
+        planes = planes + (tl.load(pointer + field * RUN),)  # noqa: RUF005 - Triton knows no unpacking
+    return planes
 
 
 @triton.jit
 def _pages(
-    query, key_words, key_scales, key_offsets, value_words, value_scales, value_offsets, count, first, last,
-    D: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr, KEY_OFFSETS: tl.constexpr,
-    VALUE_OFFSETS: tl.constexpr, ASM: tl.constexpr,
+    operand, key_words, key_scales, key_offsets, value_words, value_scales, value_offsets, count, first, last,
+    BITS: tl.constexpr, KEY_OFFSETS: tl.constexpr, VALUE_OFFSETS: tl.constexpr, AHEAD: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """(output [D, columns] unnormalized, maximum, sum) over pages first .. last - 1; pointers are at the head."""
+    """(output [D, columns] unnormalized, maximum, sum) over pages first .. last - 1, for queries float16 [D, columns];
+    pointers are at the head. Sums over tokens are finished after the loop: each costs a barrier. On a symmetric grid
+    the products bring the middle of the codes along: as what the sums of keys start from, and as one row of the values.
+    With AHEAD a page's scales are loaded while the page before is worked on.
+    """
+    D: tl.constexpr = operand.shape[0]
+    COLUMNS: tl.constexpr = operand.shape[1]
     FIELDS: tl.constexpr = 16 // BITS
     RUN: tl.constexpr = PAGE // FIELDS
     MIDDLE: tl.constexpr = ((1 << BITS) - 1) / 2
     run = tl.arange(0, RUN)
     channel = tl.arange(0, D)
-    operand = query.to(tl.float16)
     query_sum = tl.sum(operand.to(tl.float32), 0)
     top = tl.full((COLUMNS,), LOW, tl.float32)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    offset = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((RUN, COLUMNS), tl.float32)
+    offset = tl.zeros((RUN, COLUMNS), tl.float32)
+    middle = tl.zeros((16, COLUMNS), tl.float32)
     output = tl.zeros((D, COLUMNS), tl.float32)
     keys = key_words + first.to(tl.int64) * (RUN * D) + run[:, None] * D + channel[None, :]
     values = value_words + first.to(tl.int64) * (RUN * D) + channel[:, None] * RUN + run[None, :]
+    key_scale = _load_planes(key_scales + first * PAGE + run, FIELDS, RUN)
+    value_scale = _load_planes(value_scales + first * PAGE + run, FIELDS, RUN)
     for page in range(first, last):
+        slot = page * PAGE + run
+        if AHEAD:
+            following = tl.minimum(page + 1, last - 1) * PAGE + run
+            next_key_scale = _load_planes(key_scales + following, FIELDS, RUN)
+            next_value_scale = _load_planes(value_scales + following, FIELDS, RUN)
+        else:
+            key_scale = _load_planes(key_scales + slot, FIELDS, RUN)
+            value_scale = _load_planes(value_scales + slot, FIELDS, RUN)
+        if KEY_OFFSETS:
+            key_level = _load_planes(key_offsets + slot, FIELDS, RUN)
+        if VALUE_OFFSETS:
+            value_level = _load_planes(value_offsets + slot, FIELDS, RUN)
         words = tl.load(keys, eviction_policy="evict_first")
         keys += RUN * D
-        slot = page * PAGE + run
         scores = ()
-        new = top
+        peak = tl.full((RUN, COLUMNS), LOW, tl.float32)
         for field in tl.static_range(FIELDS):
-            here = slot + field * RUN
-            product = tl.dot(_plane(words, field, BITS, ASM), operand, out_dtype=tl.float32)
-            scale = tl.load(key_scales + here).to(tl.float32)
-            unit = scale * _power(24 - _field_position(BITS, field, False))
-            level = tl.load(key_offsets + here).to(tl.float32) if KEY_OFFSETS else -MIDDLE * scale
-            score = product * unit[:, None] + level[:, None] * query_sum[None, :]
-            score = tl.where((here < count)[:, None], score, LOW)
-            new = tl.maximum(new, tl.max(score, 0))
-            scores = scores + (score,)  # noqa: RUF005 - Triton knows no unpacking
+            level = tl.where(slot + field * RUN < count, 0.0, LOW)[:, None]
+            if KEY_OFFSETS:
+                start = tl.zeros((RUN, COLUMNS), tl.float32)
+                level = level + key_level[field].to(tl.float32)[:, None] * query_sum[None, :]
+            else:
+                start = tl.broadcast_to((query_sum * (-MIDDLE * _unit(BITS, field)))[None, :], (RUN, COLUMNS))
+            product = tl.dot(_plane(words, field, BITS, ASM), operand, start, out_dtype=tl.float32)
+            score = product * (key_scale[field].to(tl.float32) * (1 / _unit(BITS, field)))[:, None] + level
+            peak = tl.maximum(peak, score)
+            scores = scores + (score,)  # noqa: RUF005
+        new = tl.maximum(top, tl.max(peak, 0))
         decay = tl.exp2(top - new)
         top = new
-        total *= decay
-        offset *= decay
+        total *= decay[None, :]
         output *= decay[None, :]
+        if VALUE_OFFSETS:
+            offset *= decay[None, :]
+        else:
+            middle *= decay[None, :]
         words = tl.load(values, eviction_policy="evict_first")
         values += RUN * D
         for field in tl.static_range(FIELDS):
-            here = slot + field * RUN
             weight = tl.exp2(scores[field] - new[None, :])
-            total += tl.sum(weight, 0)
-            scale = tl.load(value_scales + here).to(tl.float32)
-            level = tl.load(value_offsets + here).to(tl.float32) if VALUE_OFFSETS else -MIDDLE * scale
-            offset += tl.sum(weight * level[:, None], 0)
-            unit = scale * _power(6 - _field_position(BITS, field, False))  # all planes come out times 2**-18
+            total += weight
+            unit = value_scale[field].to(tl.float32) * (2**-18 / _unit(BITS, field))  # all planes come out times 2**-18
             scaled = (weight * unit[:, None]).to(tl.float16)
             output = tl.dot(_plane(words, field, BITS, ASM), scaled, output, out_dtype=tl.float32)
-    return output * 262144.0 + offset[None, :], top, total
+            if VALUE_OFFSETS:
+                offset += weight * value_level[field].to(tl.float32)[:, None]
+            else:
+                ones = tl.full((16, RUN), _unit(BITS, field) * 2**24, tl.float16)
+                middle = tl.dot(ones, scaled, middle, out_dtype=tl.float32)
+        if AHEAD:
+            key_scale = next_key_scale
+            value_scale = next_value_scale
+    shift = tl.sum(offset, 0) if VALUE_OFFSETS else tl.max(middle, 0) * (-MIDDLE / 64)  # of 16 equal rows
+    return output * 262144.0 + shift[None, :], top, tl.sum(total, 0)
 
 
 @triton.jit
 def _floats(
-    query, keys, values, count, TILE: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
+    operand, keys, values, new_keys, new_values, held, first, last, NEW: tl.constexpr,
 ):  # fmt: skip
-    """As `_pages`, over tokens in float16; pointers are at the head."""
+    """As `_pages`, over places first .. last - 1 of tokens in float16, of which `held` are taken; pointers are at the
+    head. The token at `new_keys` comes after these, and is kept in their place."""
+    D: tl.constexpr = operand.shape[0]
+    COLUMNS: tl.constexpr = operand.shape[1]
+    TILE: tl.constexpr = 32
     token = tl.arange(0, TILE)
     channel = tl.arange(0, D)
-    operand = query.to(tl.float16)
     top = tl.full((COLUMNS,), LOW, tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
     output = tl.zeros((D, COLUMNS), tl.float32)
-    for start in range(0, count, TILE):
-        live = start + token < count
-        tile = tl.load(keys + (start + token)[:, None] * D + channel[None, :], mask=live[:, None], other=0.0)
-        score = tl.where(live[:, None], tl.dot(tile, operand, out_dtype=tl.float32), LOW)
+    count = held
+    if NEW:
+        count += 1
+        new_key = tl.load(new_keys + channel).to(tl.float16)
+        new_value = tl.load(new_values + channel).to(tl.float16)
+        if (first <= held) & (held < last):
+            tl.store(keys + held * D + channel, new_key)
+            tl.store(values + held * D + channel, new_value)
+    for start in tl.range(first, last, TILE, num_stages=1):  # once, usually: a pipeline's buffers would cost the others
+        here = start + token
+        inside = here < last
+        key = tl.load(keys + here[:, None] * D + channel[None, :], mask=inside[:, None], other=0.0)
+        value = tl.load(values + here[None, :] * D + channel[:, None], mask=inside[None, :], other=0.0)
+        if NEW:
+            key = tl.where((here == held)[:, None], new_key[None, :], key)
+            value = tl.where((here == held)[None, :], new_value[:, None], value)
+        live = inside & (here < count)
+        score = tl.where(live[:, None], tl.dot(key, operand, out_dtype=tl.float32), LOW)
         new = tl.maximum(top, tl.max(score, 0))
         decay = tl.exp2(top - new)
         top = new
         weight = tl.where(live[:, None], tl.exp2(score - new[None, :]), 0.0)
         total = total * decay + tl.sum(weight, 0)
-        tile = tl.load(values + (start + token)[None, :] * D + channel[:, None], mask=live[None, :], other=0.0)
-        output = tl.dot(tile, weight.to(tl.float16), output * decay[None, :], out_dtype=tl.float32)
+        output = tl.dot(value, weight.to(tl.float16), output * decay[None, :], out_dtype=tl.float32)
     return output, top, total
 
 
-@triton.jit(do_not_specialize=["n_queries", "segment", "first_slot", "n_slots", "splits"])
-def decode_kernel(
-    query, scaling, mean, key_words, key_scales, key_offsets, value_words, value_scales, value_offsets, float_keys,
-    float_values, channel_scales, lengths, outputs, tops, totals, n_queries, segment, first_slot, n_slots, splits,
-    word_stride, key_scale_stride, value_scale_stride, float_stride,
-    D: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr, ROTATE_KEYS: tl.constexpr,
-    ROTATE_VALUES: tl.constexpr, KEY_OFFSETS: tl.constexpr, VALUE_OFFSETS: tl.constexpr, MEAN: tl.constexpr,
-    CHANNEL_SCALES: tl.constexpr, TILE: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Grid (splits, or splits + 1 with the tokens in 16 bits, heads). Writes slots first_slot .. of every head.
+@triton.jit
+def _halves(numbers):
+    return numbers[0] >> 1, numbers[1] >> 1, numbers[2] >> 1
 
-    query [heads, n_queries, D] of any float type, original basis; lengths int32: tokens in 16 bits, then of each
-    segment. outputs float32 [heads, n_slots, D, COLUMNS] unnormalized, on the basis of the pages' values; tops and
-    totals float32 [heads, n_slots, COLUMNS], powers of 2.
+
+@triton.jit
+def _ask(
+    tensors, numbers, local, head, D: tl.constexpr, BITS: tl.constexpr, KEY_SHARED: tl.constexpr,
+    VALUE_SHARED: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Have the first pages of split `local`, and its scales, brought to the L2 cache, while the query is prepared."""
+    key_words, key_scales, _, value_words, value_scales, _ = tensors
+    _, n_pages, splits = _halves(numbers)
+    WORDS: tl.constexpr = PAGE * BITS // 16 * D
+    first = local * n_pages // splits
+    n = (local + 1) * n_pages // splits - first
+    if n > 0:
+        words = (head.to(tl.int64) * n_pages + first) * WORDS
+        keys = (first if KEY_SHARED else head * n_pages + first) * PAGE
+        values = (first if VALUE_SHARED else head * n_pages + first) * PAGE
+        _prefetch(key_words + words, tl.minimum(n, 2) * (WORDS * 2), ASM)
+        _prefetch(value_words + words, tl.minimum(n, 2) * (WORDS * 2), ASM)
+        _prefetch(key_scales + keys, tl.minimum(n, 64) * (PAGE * 2), ASM)
+        _prefetch(value_scales + values, tl.minimum(n, 64) * (PAGE * 2), ASM)
+
+
+@triton.jit
+def _segment(
+    tensors, numbers, local, head, operand, lengths, BITS: tl.constexpr, KEY_SHARED: tl.constexpr,
+    VALUE_SHARED: tl.constexpr, KEY_OFFSETS: tl.constexpr, VALUE_OFFSETS: tl.constexpr, AHEAD: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """`_pages` of split `local` of one segment."""
+    key_words, key_scales, key_offsets, value_words, value_scales, value_offsets = tensors
+    entry, n_pages, splits = _halves(numbers)
+    words = head.to(tl.int64) * n_pages * (PAGE * BITS // 16 * operand.shape[0])
+    keys = 0 if KEY_SHARED else head * n_pages * PAGE
+    values = 0 if VALUE_SHARED else head * n_pages * PAGE
+    return _pages(
+        operand, key_words + words, key_scales + keys, key_offsets + keys, value_words + words, value_scales + values,
+        value_offsets + values, tl.load(lengths + entry), local * n_pages // splits, (local + 1) * n_pages // splits,
+        BITS, KEY_OFFSETS, VALUE_OFFSETS, AHEAD, ASM,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_slots", "numbers", "float_splits", "capacity", "new_stride"])
+def decode_kernel(
+    query, new_keys, new_values, work, scaling, mean, channel_scales, segments, numbers, float_keys, float_values,
+    lengths, n_queries, n_slots, float_splits, capacity, new_stride,
+    D: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, ROTATE_KEYS: tl.constexpr,
+    ROTATE_VALUES: tl.constexpr, KEY_SHARED: tl.constexpr, VALUE_SHARED: tl.constexpr, KEY_OFFSETS: tl.constexpr,
+    VALUE_OFFSETS: tl.constexpr, MEAN: tl.constexpr, CHANNEL_SCALES: tl.constexpr, NEW: tl.constexpr,
+    AHEAD: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Grid (splits of the tokens in 16 bits, then of all segments; heads).
+
+    Args:
+        query: [heads, n_queries, D] of any float type, original basis.
+        new_keys, new_values: the newest token [heads, D] of any float type, or not read.
+        work: float32 [heads, n_slots, COLUMNS, D] outputs, unnormalized, then [heads, n_slots, COLUMNS] maxima, powers
+            of 2, and as many sums.
+        segments: of each segment the words, scales and offsets of keys, then of values.
+        numbers: of each segment 2n + 1 of its entry in `lengths`, of its pages, and of its splits.
+        lengths: int32, tokens in 16 bits, then of each segment.
+        capacity: of `float_keys` and `float_values` [heads, capacity, D].
+        BITS: of each segment.
     """
-    split = tl.program_id(0)
+    slot = tl.program_id(0)
     head = tl.program_id(1)
+    if ASM:
+        gdc_launch_dependents()
+    local = slot - float_splits
+    for index in tl.static_range(len(BITS)):
+        if (local >= 0) & (local < (numbers[index][2] >> 1)):
+            _ask(segments[index], numbers[index], local, head, D, BITS[index], KEY_SHARED, VALUE_SHARED, ASM)
+        local -= numbers[index][2] >> 1
+    if ASM:
+        gdc_wait()
     column = tl.arange(0, COLUMNS)
     channel = tl.arange(0, D)
     inside = column < n_queries
-    row = query + (head * n_queries + column)[:, None] * D + channel[None, :]
-    raw = tl.load(row, mask=inside[:, None], other=0.0).to(tl.float32) * scaling
-    slot = head * n_slots + first_slot + split
-    if split < splits:
-        count = tl.load(lengths + segment)
-        n_pages = (count + PAGE - 1) // PAGE
-        per = (n_pages + splits - 1) // splits
-        first = tl.minimum(split * per, n_pages)
-        last = tl.minimum(first + per, n_pages)
-        inner = raw
-        if ROTATE_KEYS:
-            inner = _rotate(raw, D)
-        output, top, total = _pages(
-            tl.trans(inner), key_words + head.to(tl.int64) * word_stride, key_scales + head * key_scale_stride,
-            key_offsets + head * key_scale_stride, value_words + head.to(tl.int64) * word_stride,
-            value_scales + head * value_scale_stride, value_offsets + head * value_scale_stride, count, first, last,
-            D, BITS, COLUMNS, KEY_OFFSETS, VALUE_OFFSETS, ASM,
-        )  # fmt: skip
-        if MEAN:
-            top += tl.sum(raw * tl.load(mean + head * D + channel).to(tl.float32)[None, :], 1)
-        _store_split(output, top, total, outputs, tops, totals, slot, D, COLUMNS)
-    else:
+    row = query + (head * n_queries + column)[None, :] * D + channel[:, None]
+    operand = tl.load(row, mask=inside[None, :], other=0.0).to(tl.float32)
+    output = tl.zeros((D, COLUMNS), tl.float32)
+    top = tl.full((COLUMNS,), LOW, tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    if slot < float_splits:
         output, top, total = _floats(
-            tl.trans(raw), float_keys + head * float_stride, float_values + head * float_stride, tl.load(lengths), TILE,
-            D, COLUMNS,
+            (operand * scaling).to(tl.float16), float_keys + head * capacity * D, float_values + head * capacity * D,
+            new_keys + head * new_stride, new_values + head * new_stride, tl.load(lengths),
+            slot * capacity // float_splits, (slot + 1) * capacity // float_splits, NEW,
         )  # fmt: skip
-        if CHANNEL_SCALES:
-            output /= tl.load(channel_scales + head * D + channel).to(tl.float32)[:, None]
+    else:
+        shift = tl.zeros((COLUMNS,), tl.float32)
+        if MEAN:
+            shift = tl.sum(operand * tl.load(mean + head * D + channel).to(tl.float32)[:, None], 0) * scaling
+        if ROTATE_KEYS:
+            operand = rotate_columns(operand, D)
+        local = slot - float_splits
+        for index in tl.static_range(len(BITS)):
+            if (local >= 0) & (local < (numbers[index][2] >> 1)):
+                output, top, total = _segment(
+                    segments[index], numbers[index], local, head, (operand * scaling).to(tl.float16), lengths,
+                    BITS[index], KEY_SHARED, VALUE_SHARED, KEY_OFFSETS, VALUE_OFFSETS, AHEAD, ASM,
+                )  # fmt: skip
+            local -= numbers[index][2] >> 1
+        top += shift
         if ROTATE_VALUES:
-            output = tl.trans(_rotate(tl.trans(output), D))
-        _store_split(output, top, total, outputs, tops, totals, slot, D, COLUMNS)
+            output = rotate_columns(output, D)
+        if CHANNEL_SCALES:
+            output *= tl.load(channel_scales + head * D + channel).to(tl.float32)[:, None]
+    at = (head * n_slots + slot) * COLUMNS + column
+    tl.store(work + at[None, :] * D + channel[:, None], output, mask=inside[None, :])
+    tops = work + tl.num_programs(1) * n_slots * (COLUMNS * D)
+    tl.store(tops + at, top)
+    tl.store(tops + tl.num_programs(1) * n_slots * COLUMNS + at, total)
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_slots"])
 def merge_kernel(
-    outputs, tops, totals, result, lse, n_queries, n_slots,
-    SLOTS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    work, result, lse, lengths, n_queries, n_slots,
+    SLOTS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, NEW: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """One softmax over all splits. Grid (heads, D / CHUNK); result [heads, n_queries, D], lse [heads, n_queries]."""
-    head = tl.program_id(0)
+    """One softmax over all splits. Grid (heads * n_queries, D / CHUNK).
+
+    work as `decode_kernel` left it; result [heads, n_queries, D]; lse [heads, n_queries]; lengths[0] counts the newest
+    token from here on.
+    """
+    row = tl.program_id(0)
+    heads = tl.num_programs(0) // n_queries
+    if ASM:
+        gdc_wait()
     channel = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    column = tl.arange(0, COLUMNS)
     split = tl.arange(0, SLOTS)
     live = split < n_slots
-    slot = head * n_slots + split
-    top = tl.load(tops + slot[:, None] * COLUMNS + column[None, :], mask=live[:, None], other=LOW)
-    total = tl.load(totals + slot[:, None] * COLUMNS + column[None, :], mask=live[:, None], other=0.0)
-    part = slot.to(tl.int64)[:, None, None] * (D * COLUMNS) + channel[None, :, None] * COLUMNS + column[None, None, :]
-    output = tl.load(outputs + part, mask=live[:, None, None], other=0.0)
+    at = (row // n_queries * n_slots + split) * COLUMNS + row % n_queries
+    tops = work + heads * n_slots * (COLUMNS * D)
+    top = tl.load(tops + at, mask=live, other=LOW)
+    total = tl.load(tops + heads * n_slots * COLUMNS + at, mask=live, other=0.0)
+    output = tl.load(work + at[:, None] * D + channel[None, :], mask=live[:, None], other=0.0)
     best = tl.max(top, 0)
-    weight = tl.where(total > 0, tl.exp2(top - best[None, :]), 0.0)
+    weight = tl.where(total > 0, tl.exp2(top - best), 0.0)
     whole = tl.sum(total * weight, 0)
-    merged = tl.sum(output * weight[:, None, :], 0) / whole[None, :]
-    inside = column < n_queries
-    target = result + (head * n_queries + column)[None, :] * D + channel[:, None]
-    tl.store(target, merged.to(result.dtype.element_ty), mask=inside[None, :])
+    merged = tl.sum(output * weight[:, None], 0) / whole
+    tl.store(result + row * D + channel, merged.to(result.dtype.element_ty))
     if tl.program_id(1) == 0:
-        tl.store(lse + head * n_queries + column, (best + tl.log2(whole)) * 0.6931471805599453, mask=inside)
-
-
-@triton.jit(do_not_specialize=["n_queries"])
-def finish_kernel(
-    merged, channel_scales, result, n_queries,
-    D: tl.constexpr, COLUMNS: tl.constexpr, ROTATE: tl.constexpr, CHANNEL_SCALES: tl.constexpr,
-):  # fmt: skip
-    """The merged output [heads, n_queries, D] on the original basis. Grid (heads,)."""
-    head = tl.program_id(0)
-    channel = tl.arange(0, D)
-    column = tl.arange(0, COLUMNS)
-    inside = (column < n_queries)[:, None]
-    place = (head * n_queries + column)[:, None] * D + channel[None, :]
-    output = tl.load(merged + place, mask=inside, other=0.0)
-    if ROTATE:
-        output = _rotate(output, D)
-    if CHANNEL_SCALES:
-        output *= tl.load(channel_scales + head * D + channel).to(tl.float32)[None, :]
-    tl.store(result + place, output.to(result.dtype.element_ty), mask=inside)
+        tl.store(lse + row, (best + tl.log2(whole)) * 0.6931471805599453)
+        if NEW and row == 0:
+            tl.store(lengths, tl.load(lengths) + 1)

@@ -1,8 +1,7 @@
 """Launches of the decode kernels (kv_attention_triton.py): one step of one sequence on a GPU.
 
-    decode_kernel   for each segment: splits of its pages; with the first one also the tokens in 16 bits
+    decode_kernel   splits of the pages of all segments, and the tokens in 16 bits; takes in the newest token
     merge_kernel    one softmax over all splits
-    finish_kernel   back to the original basis, where values were transformed
 
 What the kernels can do: `supports`. Everything else is the torch twin's (kv_attention.py).
 """
@@ -10,9 +9,10 @@ What the kernels can do: `supports`. Everything else is the torch twin's (kv_att
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
+from operator import is_not
 from typing import Any
 
 import torch
@@ -21,10 +21,13 @@ from torch import Tensor
 from quantkit.formats.kv_page import GridSpec, PageSpec
 from quantkit.kernels.kv_attention import Part
 
-MAX_SPLITS = 63  # of a segment: with the tokens in 16 bits a power of two, all of which merge reads at once
+MAX_SPLITS = 246  # of all segments: with those of tokens in 16 bits 256 slots at most, which merge reads at once
 HEAD_DIMS = (64, 128, 256)
+_RESIDENT = {2: 9, 4: 5, 8: 4}  # programs of a multiprocessor, by bits: what their registers leave room for
 _LOG2_E = 1.4426950408889634
-_MERGE_TILE = 1 << 14  # numbers that a program of the merge holds at once
+_MERGE_TILE = 1 << 13  # numbers that a program of the merge holds at once
+ON_DEVICE = {"ASM": True, "launch_pdl": True}  # a launch begins before the one that it waits for has ended
+_TENSORS = tuple(f"{which}_{kind}" for which in ("key", "value") for kind in ("words", "scales", "offsets"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,17 @@ class Pages:
     tensors: dict[str, Tensor]
     entry: int
 
+    @property
+    def count(self) -> int:
+        """Pages that are allocated."""
+        return self.tensors["key_words"].shape[1]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedCache:
     """Everything that one step of one sequence reads; vectors float16 [heads, 1, head_dim] or None.
 
-    pages: at least one segment, with pages for at least its number of tokens.
+    pages: at least one segment, with pages for at least its number of tokens; all on grids of the same kind.
     floats: keys and values in float16 [heads, capacity, head_dim], on the original basis, contiguous.
     lengths: int32, the number of tokens in `floats`, then those of the segments at their entries; not all 0.
     The others are the basis of the pages: see algorithms/kv/policy.py.
@@ -57,11 +65,16 @@ class PackedCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeConfig:
-    """Shape of the launch for one segment."""
+    """Shape of the launch.
 
-    splits: int
+    splits: of each segment.
+    ahead: whether a page's scales are loaded while the page before is worked on; takes registers.
+    """
+
+    splits: tuple[int, ...]
     warps: int
-    stages: int
+    stages: int = 3
+    ahead: bool = False
 
 
 def supports(query: Tensor, specs: Sequence[PageSpec], dtype: torch.dtype) -> bool:
@@ -82,123 +95,220 @@ def _one_scale(grid: GridSpec, head_dim: int) -> bool:
     return grid.axis == "token" and (grid.shared or grid.group == head_dim)
 
 
-def choose_config(spec: PageSpec, n_pages: int) -> DecodeConfig:
-    """About 4 programs for each of 132 multiprocessors, and never less than a page for each."""
-    splits = max(1, min(MAX_SPLITS, n_pages, -(-528 // spec.heads)))
-    return DecodeConfig(splits=splits, warps=1 if spec.bits == 2 else 2, stages=3)
+def choose_config(pages: Sequence[Pages]) -> DecodeConfig:
+    """As many programs as an H200 (132 multiprocessors) holds at once, each with the same number of pages."""
+    widest = max(each.spec.bits for each in pages)
+    resident = 4 if len(pages) > 1 else _RESIDENT[widest]
+    most = max(1, min(MAX_SPLITS, 132 * resident // pages[0].spec.heads - 3))
+    per = -(-sum(each.count for each in pages) // most)
+    splits = tuple(-(-each.count // per) for each in pages)
+    return DecodeConfig(splits=splits, warps=1 if widest == 2 else 2, ahead=widest > 2)
 
 
-Launch = tuple[str, tuple[int, ...], dict[str, Any]]  # the kernel's name, grid, arguments (all but ASM)
+Launch = tuple[str, tuple[int, int, int], dict[str, Any]]  # the kernel's name, grid, arguments, all but `ON_DEVICE`
 
 
-def decode_launches(
-    query: Tensor,
-    scaling: float,
-    cache: PackedCache,
-    result: Tensor,
-    lse: Tensor,
-    configs: Sequence[DecodeConfig],
-) -> list[Launch]:
-    """All launches of a step, in order, on a workspace that is made here.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What differs from one step to the next.
 
-    Args:
-        query: [heads, n_queries, head_dim], n_queries at most 16, original basis, contiguous.
-        scaling: of the scores.
-        cache: what is attended to.
-        result: [heads, n_queries, head_dim], any float dtype, written.
-        lse: float32 [heads, n_queries], written.
-        configs: of each segment.
+    query: heads * n_queries * head_dim numbers, contiguous in this order, n_queries at most 16, original basis.
+    keys, values: of the newest token, [..., heads, 1, head_dim], channels contiguous, heads at the same stride: stored
+        after the tokens in 16 bits, which have room for it, and counted. None: all tokens are in the cache.
+    result: like query, any float dtype, written; lse: float32 [heads, n_queries], written.
+    work: float32, at least `work_size`.
     """
-    heads, n_queries, d = query.shape
-    columns = 8 if n_queries <= 8 else 16
-    n_slots = sum(config.splits for config in configs) + 1
-    split = {
-        "outputs": query.new_empty((heads, n_slots, d, columns), dtype=torch.float32),
-        "tops": query.new_empty((heads, n_slots, columns), dtype=torch.float32),
-        "totals": query.new_empty((heads, n_slots, columns), dtype=torch.float32),
+
+    query: Tensor
+    keys: Tensor | None
+    values: Tensor | None
+    result: Tensor
+    lse: Tensor
+    work: Tensor
+
+
+_CHANGING = ("query", "new_keys", "new_values", "result", "lse", "work")  # the kernels' names of these
+
+
+def work_size(query: Tensor, cache: PackedCache, config: DecodeConfig) -> int:
+    """Numbers of scratch."""
+    heads, n_queries, head_dim = _shape(query, cache)
+    return heads * (sum(config.splits) + _float_splits(cache)) * _columns(n_queries) * (head_dim + 2)
+
+
+def _shape(query: Tensor, cache: PackedCache) -> tuple[int, int, int]:
+    heads, _, head_dim = cache.floats[0].shape
+    return heads, query.numel() // (heads * head_dim), head_dim
+
+
+def _unspecialized(*numbers: int) -> tuple[int, ...]:
+    """2n + 1 of each n > 0: in tuples Triton compiles anew for 1 and for multiples of 16, whatever it is told."""
+    return tuple(2 * n + 1 for n in numbers)
+
+
+def _float_splits(cache: PackedCache) -> int:
+    """Programs for the tokens in 16 bits: each takes a tile of 32 places where they are few."""
+    return min(8, -(-cache.floats[0].shape[1] // 32))
+
+
+def _columns(n_queries: int) -> int:
+    return 8 if n_queries <= 8 else 16
+
+
+def decode_launches(step: Step, scaling: float, cache: PackedCache, config: DecodeConfig) -> list[Launch]:
+    """All launches of a step, in order; `scaling` is of the scores."""
+    heads, n_queries, d = _shape(step.query, cache)
+    n_slots = sum(config.splits) + _float_splits(cache)
+    grids = [(pages.spec.keys, pages.spec.values) for pages in cache.pages]
+    keys, values = grids[0]
+    assert all(pair == grids[0] for pair in grids), "segments on different grids"
+    absent = step.lse  # stands for tensors that the kernel is told not to read
+    new_keys = absent if step.keys is None else step.keys
+    common = {
+        "work": step.work,
+        "lengths": cache.lengths,
         "n_queries": n_queries,
         "n_slots": n_slots,
         "D": d,
-        "COLUMNS": columns,
+        "COLUMNS": _columns(n_queries),
+        "NEW": step.keys is not None,
     }
-    launches = _decode_launches(query, scaling, cache, lse, configs, split)
-    finish = cache.rotate_values or cache.value_scale is not None
-    merged = torch.empty_like(result, dtype=torch.float32) if finish else result
-    slots = 1 << max(1, (n_slots - 1).bit_length())
-    chunk = max(4, min(16, _MERGE_TILE // (slots * columns)))
-    merge = split | {"result": merged, "lse": lse, "SLOTS": slots, "CHUNK": chunk, "num_warps": 4}
-    launches.append(("merge_kernel", (heads, d // chunk), merge))
-    if finish:
-        back = {"merged": merged, "result": result, "n_queries": n_queries, "D": d, "COLUMNS": columns, "num_warps": 1}
-        back["channel_scales"] = lse if cache.value_scale is None else cache.value_scale
-        back |= {"ROTATE": cache.rotate_values, "CHANNEL_SCALES": cache.value_scale is not None}
-        launches.append(("finish_kernel", (heads,), back))
-    return launches
-
-
-def _decode_launches(
-    query: Tensor,
-    scaling: float,
-    cache: PackedCache,
-    absent: Tensor,  # stands for tensors that the kernel is told not to read
-    configs: Sequence[DecodeConfig],
-    split: dict[str, Any],
-) -> list[Launch]:
-    launches: list[Launch] = []
-    first_slot = 0
-    common = split | {
-        "query": query,
+    first = common | {
+        "query": step.query,
+        "new_keys": new_keys,
+        "new_values": absent if step.values is None else step.values,
         "scaling": scaling * _LOG2_E,
         "mean": absent if cache.key_mean is None else cache.key_mean,
         "channel_scales": absent if cache.value_scale is None else cache.value_scale,
+        "segments": tuple(tuple(each.tensors.get(name, absent) for name in _TENSORS) for each in cache.pages),
+        "numbers": tuple(
+            _unspecialized(each.entry, each.count, n) for each, n in zip(cache.pages, config.splits, strict=True)
+        ),
+        "float_splits": _float_splits(cache),
         "float_keys": cache.floats[0],
         "float_values": cache.floats[1],
-        "float_stride": cache.floats[0].stride(0),
-        "lengths": cache.lengths,
+        "capacity": cache.floats[0].shape[1],
+        "new_stride": 0 if step.keys is None else step.keys.stride(-3),
+        "BITS": tuple(each.spec.bits for each in cache.pages),
         "ROTATE_KEYS": cache.rotate_keys,
         "ROTATE_VALUES": cache.rotate_values,
+        "KEY_SHARED": keys.shared,
+        "VALUE_SHARED": values.shared,
+        "KEY_OFFSETS": keys.offsets,
+        "VALUE_OFFSETS": values.offsets,
         "MEAN": cache.key_mean is not None,
         "CHANNEL_SCALES": cache.value_scale is not None,
-        "TILE": 32,
+        "AHEAD": config.ahead,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
     }
-    for index, (pages, config) in enumerate(zip(cache.pages, configs, strict=True)):
-        last = index == len(configs) - 1  # brings the tokens in 16 bits along: their slot is the last one
-        arguments = common | {
-            "segment": pages.entry,
-            "first_slot": first_slot,
-            "splits": config.splits,
-            "BITS": pages.spec.bits,
-            "num_warps": config.warps,
-            "num_stages": config.stages,
-            "word_stride": pages.tensors["key_words"].stride(0),
-        }
-        for which, grid in (("key", pages.spec.keys), ("value", pages.spec.values)):
-            scales = pages.tensors[f"{which}_scales"]
-            arguments[f"{which}_words"] = pages.tensors[f"{which}_words"]
-            arguments[f"{which}_scales"] = scales
-            arguments[f"{which}_scale_stride"] = 0 if scales.shape[0] == 1 else scales.stride(0)
-            arguments[f"{which}_offsets"] = pages.tensors.get(f"{which}_offsets", absent)
-            arguments[f"{which.upper()}_OFFSETS"] = grid.offsets
-        launches.append(("decode_kernel", (config.splits + last, query.shape[0]), arguments))
-        first_slot += config.splits
-    return launches
+    slots = 1 << (n_slots - 1).bit_length()
+    chunk = max(16, min(d, _MERGE_TILE // slots))
+    merge = common | {"result": step.result, "lse": step.lse, "SLOTS": slots, "CHUNK": chunk}
+    merge["num_warps"] = 4
+    return [
+        ("decode_kernel", (n_slots, heads, 1), first),
+        ("merge_kernel", (heads * n_queries, d // chunk, 1), merge),
+    ]
 
 
-def decode(
-    query: Tensor,
-    scaling: float,
-    cache: PackedCache,
-    configs: Sequence[DecodeConfig] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Part:
-    """Attention over all tokens of a sequence, on a GPU; arguments as `decode_launches`."""
-    if configs is None:
-        configs = [choose_config(pages.spec, pages.tensors["key_words"].shape[1]) for pages in cache.pages]
-    result = torch.empty_like(query, dtype=dtype)
-    lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-    kernels = import_module("quantkit.kernels.kv_attention_triton")
-    with torch.cuda.device(query.device):
-        for name, grid, arguments in decode_launches(query, scaling, cache, result, lse, configs):
-            extra = {"ASM": True} if name == "decode_kernel" else {}
-            getattr(kernels, name)[grid](**arguments, **extra)
-    return Part(result, lse)
+class Decoder:
+    """Runs the steps of one cache. A step whose launches differ from the last one's in their operands alone reuses
+    these: binding arguments anew takes Triton longer than most steps take the device."""
+
+    def __init__(self) -> None:
+        self._bound: dict[bool, _Bound] = {}  # by whether the step takes in a token
+
+    def run(
+        self,
+        query: Tensor,
+        scaling: float,
+        cache: PackedCache,
+        dtype: torch.dtype = torch.float32,
+        new: tuple[Tensor, Tensor] | None = None,
+        config: DecodeConfig | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Part:
+        """Attention over all tokens of a sequence; `new` is the key and value of a token that is not among them yet.
+
+        See `Step`; ``dtype`` and ``shape`` (None: the query's) are of the output.
+        """
+        device = query.device
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.run(query, scaling, cache, dtype, new, config, shape)
+        kind = (query.shape, query.dtype, scaling, dtype, config, new and (new[0].dtype, new[0].stride(-3)))
+        bound = self._bound.get(new is not None)
+        if bound is None or bound.kind != kind or not bound.serves(cache):
+            chosen = config or choose_config(cache.pages)
+            bound = _Bound(cache=cache, kind=kind, config=chosen, work_size=work_size(query, cache, chosen))
+            self._bound[new is not None] = bound
+        keys, values = new or (None, None)
+        result = torch.empty(shape or query.shape, dtype=dtype, device=device)
+        lse = torch.empty(_shape(query, cache)[:2], dtype=torch.float32, device=device)
+        step = Step(query, keys, values, result, lse, torch.empty(bound.work_size, dtype=torch.float32, device=device))
+        if bound.launches and _aligned(step):
+            bound.replay(step)
+        else:
+            bound.launch(step, scaling, cache)
+        return Part(result, lse)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Bound:
+    """Compiled kernels and their arguments, for one kind of step on the tensors of one cache."""
+
+    cache: PackedCache
+    kind: tuple[Any, ...]
+    config: DecodeConfig
+    work_size: int
+    launches: list[tuple[Any, list[Any], list[tuple[int, int]]]] = field(default_factory=list)
+
+    def serves(self, cache: PackedCache) -> bool:
+        """Whether `cache` has the same tensors."""
+        if cache is not self.cache:
+            one, two = (
+                [*each.floats, each.lengths, *(pages.tensors["key_words"] for pages in each.pages)]
+                for each in (self.cache, cache)
+            )
+            if len(one) != len(two) or any(map(is_not, one, two)):
+                return False
+            self.cache = cache
+        return True
+
+    def launch(self, step: Step, scaling: float, cache: PackedCache) -> None:
+        """Launch through Triton's just-in-time compiler, and keep what it made."""
+        kernels = import_module("quantkit.kernels.kv_attention_triton")
+        made = []
+        for name, grid, arguments in decode_launches(step, scaling, cache, self.config):
+            kernel = getattr(kernels, name)
+            compiled = kernel[grid](**arguments, **ON_DEVICE)
+            names = kernel.arg_names
+            places = [(place, _CHANGING.index(each)) for place, each in enumerate(names) if each in _CHANGING]
+            # tensors of a step are not kept
+            values = [None if each in _CHANGING else (arguments | ON_DEVICE)[each] for each in names]
+            made.append((compiled[grid], values, places))
+        if _aligned(step):  # what was compiled may rely on it
+            self.launches = made
+
+    def replay(self, step: Step) -> None:
+        """Launch what was compiled, on the operands of another step."""
+        lse = step.lse  # stands for tensors that are not read
+        keys, values = (lse if each is None else each for each in (step.keys, step.values))
+        operands = (step.query, keys, values, step.result, lse, step.work)
+        for run, values_held, places in self.launches:
+            arguments = values_held.copy()
+            for place, number in places:
+                arguments[place] = operands[number]
+            run(*arguments)
+
+
+def _aligned(step: Step) -> bool:
+    """Whether operands begin at multiples of 16 bytes; those that are not named here are allocated for the step."""
+    given = (step.query, step.keys, step.values)
+    return all(tensor is None or tensor.data_ptr() % 16 == 0 for tensor in given)
+
+
+def decode(query: Tensor, scaling: float, cache: PackedCache, **options: Any) -> Part:
+    """One step of a `Decoder` of its own."""
+    return Decoder().run(query, scaling, cache, **options)

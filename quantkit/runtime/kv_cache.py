@@ -135,7 +135,7 @@ def _watch_images(model: nn.Module, cache: KvCache, images: Images, image_token:
     def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("past_key_values") is not None and kwargs["past_key_values"] is reference():
             ids = kwargs.get("input_ids")
-            images.mask = None if ids is None else ids == image_token
+            images.look(None if ids is None else ids == image_token)
 
     hook = model.register_forward_pre_hook(look, with_kwargs=True)
     weakref.finalize(cache, hook.remove)

@@ -7,6 +7,7 @@ nothing is cached yet, else on packed pages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +35,24 @@ class KvHandle:
     values: Tensor
 
 
-@dataclass
 class Images:
-    """Which new tokens of the current call are of an image; bool [batch, n] or None."""
+    """Which new tokens of the current call are of an image."""
 
-    mask: Tensor | None = None
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+        self._rows: list[list[bool]] | None = None
+
+    def look(self, mask: Tensor | None) -> None:
+        """Another call; bool [batch, n], or None where nobody knows."""
+        self._mask, self._rows = mask, None
+
+    def rows(self, batch: int, n: int) -> list[list[bool]] | None:
+        """By row and token; None where they are not known. Brought to the host once for all layers."""
+        if self._mask is None or self._mask.shape != (batch, n):
+            return None
+        if self._rows is None:
+            self._rows = self._mask.tolist()
+        return self._rows
 
 
 class QuantizedKvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
@@ -82,17 +96,17 @@ class QuantizedKvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers i
         keys, values = (torch.stack(column).to(key_states.dtype) for column in zip(*dense, strict=True))
         return torch.cat((keys, key_states), 2), torch.cat((values, value_states), 2)
 
-    def _image_rows(self, batch: int, n: int) -> list[list[bool] | None]:
-        mask = self._images.mask
-        if mask is None or mask.shape != (batch, n):
-            return [None] * batch
-        rows: list[list[bool] | None] = mask.tolist()
-        return rows
+    def _image_rows(self, batch: int, n: int) -> Sequence[list[bool] | None]:
+        return (self._images.rows(batch, n) if self.policy.salience == "text" else None) or [None] * batch
 
     def attend(self, module: nn.Module, query: Tensor, handle: KvHandle, mask: Tensor | None, scaling: float) -> Tensor:
         """Output [batch, n, query heads, head_dim] of new tokens' queries [batch, query heads, n, head_dim]."""
         batch, n_heads, n, head_dim = query.shape
         heads, before = handle.keys.shape[1], self.columns - n
+        if batch == n == 1 and mask is None and before and self.policy.salience != "text":
+            found = self.sequences[0].step(handle.keys, handle.values, query, scaling)
+            if found is not None:
+                return found
         seen = _seen(mask, self.columns)
         if before == 0:  # nothing is quantized yet: the stock attention, on what is new
             output: Tensor = sdpa_attention_forward(module, query, handle.keys, handle.values, mask, scaling=scaling)[0]
@@ -184,7 +198,7 @@ class Chunk:
         if visible is not None:
             keys, values, query = keys[:, visible], values[:, visible], query[:, :, visible]
             images = None if images is None else [images[i] for i in visible.tolist()]
-        scaled = query.float() * self.scaling if sequence.asks_queries(keys.shape[1]) else None
+        scaled = query.float() * self.scaling if sequence.salience.asks_queries(keys.shape[1]) else None
         sequence.append(keys, values, scaled, images)
 
 

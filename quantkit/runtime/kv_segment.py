@@ -6,6 +6,7 @@ at most a page and 1.6 %.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +19,41 @@ from quantkit.kernels.kv_append import append, supports_append
 from quantkit.kernels.kv_attention import Part, attend, attend_pages
 
 FLOAT_STEP = 32  # tokens by which a segment in 16 bits grows
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Keys and values [heads, n, head_dim] and the positions of their tokens."""
+
+    keys: Tensor
+    values: Tensor
+    positions: list[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def part(self, start: int, stop: int | None = None) -> Tokens:
+        """The tokens of a slice."""
+        here = slice(start, stop)
+        return Tokens(self.keys[:, here], self.values[:, here], self.positions[here])
+
+    def copy(self) -> Tokens:
+        """The same in tensors of their own."""
+        return Tokens(self.keys.clone(), self.values.clone(), self.positions)
+
+    def of(self, classes: list[int], wanted: int) -> Tokens:
+        """The tokens of a class."""
+        index = [i for i, each in enumerate(classes) if each == wanted]
+        if len(index) in (0, len(self)):  # no index on the device
+            return self.part(0, len(index))
+        where = torch.tensor(index, device=self.keys.device)
+        return Tokens(self.keys[:, where], self.values[:, where], [self.positions[i] for i in index])
+
+
+def join(parts: Sequence[Tokens]) -> Tokens:
+    """All tokens in order."""
+    keys, values = (torch.cat(column, 1) for column in zip(*((part.keys, part.values) for part in parts), strict=True))
+    return Tokens(keys, values, [position for part in parts for position in part.positions])
 
 
 @dataclass
@@ -174,13 +210,29 @@ class FloatSegment:
     def append(self, keys: Tensor, values: Tensor, positions: list[int]) -> None:
         """Keep keys and values [heads, n, head_dim] of any float dtype, rounded to 16 bits."""
         start = self.count
+        self.reserve(len(positions))
         self.positions += positions
-        missing = self.count - self.keys.shape[1]
+        self.keys[:, start : self.count] = keys
+        self.values[:, start : self.count] = values
+
+    def reserve(self, n: int) -> None:
+        """Room for n more tokens."""
+        missing = self.count + n - self.keys.shape[1]
         if missing > 0:
             more = -(-max(missing, self.keys.shape[1] // 32) // FLOAT_STEP) * FLOAT_STEP
             self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
-        self.keys[:, start : self.count] = keys
-        self.values[:, start : self.count] = values
+
+    def replace(self, parts: Sequence[Tokens]) -> None:
+        """Keep these tokens in place of all others; parts may be views of what is here."""
+        parts = [part for part in parts if len(part)]
+        start = 0
+        while parts and parts[0].keys.data_ptr() == self.keys[:, start:].data_ptr():  # stays where it is
+            start += len(parts.pop(0))
+        kept = self.positions[:start]
+        self.positions = kept
+        if parts:
+            laid = join(parts) if len(parts) > 1 else parts[0].copy()
+            self.append(laid.keys, laid.values, laid.positions)
 
     def attend(self, query: Tensor) -> Part:
         """Attention of float32 queries [heads, m, head_dim] in the basis of the tokens."""

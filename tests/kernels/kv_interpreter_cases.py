@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kv_caches import filled, reference
 
 from quantkit.kernels import kv_attention_triton as kernels
-from quantkit.kernels.kv_decode import DecodeConfig, decode_launches
+from quantkit.kernels.kv_decode import DecodeConfig, Step, decode_launches, work_size
+from quantkit.kernels.kv_rotation_triton import rotate_columns
 
 
-def run(case, splits: int = 2, n_pages_more: int = 0):
-    """The kernels with results and workspace filled with NaN; against attention on decoded tokens in float64."""
+def launch(case, splits: int = 2, new=None):
+    """(output, lse) of the kernels, with results and workspace filled with NaN."""
     shape = case.query.shape
+    config = DecodeConfig(splits=(splits,) * len(case.cache.pages), warps=1, stages=1)
     result, lse = torch.full(shape, float("nan")), torch.full(shape[:2], float("nan"))
-    configs = [DecodeConfig(splits=splits, warps=1, stages=1)] * len(case.cache.pages)
-    launches = decode_launches(case.query, case.scaling, case.cache, result, lse, configs)
-    launches[0][2]["outputs"].fill_(float("nan"))
-    for name, grid, arguments in launches:
-        extra = {"ASM": False} if name == "decode_kernel" else {}
-        getattr(kernels, name)[grid](**arguments, **extra)
+    work = torch.full((work_size(case.query, case.cache, config),), float("nan"))
+    step = Step(case.query, *(new or (None, None)), result, lse, work)
+    for name, grid, arguments in decode_launches(step, case.scaling, case.cache, config):
+        getattr(kernels, name)[grid](**arguments, ASM=False)
+    return result, lse
+
+
+def run(case, splits: int = 2):
+    """The kernels against attention on decoded tokens in float64."""
+    result, lse = launch(case, splits)
     output, expected = reference(case)
-    # float16 operands: query, probabilities and scales of values are rounded once each, 2^-11
+    # float16 operands: query, probabilities and scales of values are rounded once each, 2^-11, rotated ones twice more
     assert torch.allclose(lse.double(), expected, atol=4e-3)
     assert float((result - output).norm() / output.norm()) <= 2e-3
 
@@ -48,8 +56,39 @@ def test_query_heads(group):
     run(filled("int4", n=200, group=group))
 
 
-def test_head_of_128():
-    run(filled("akvq-vl", n=200, heads=1, head_dim=128))
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_larger_heads(head_dim):
+    run(filled("akvq-vl", n=200, heads=1, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("spec", ["int4", "zipcache:share=0.3"])
+def test_the_newest_token_is_stored_and_counted(spec):
+    """Taken in by the kernel it gives the bits that it gives after it was appended."""
+    case, appended = filled(spec, n=200), filled(spec, n=200)
+    keys, values = torch.randn(2, 2, 1, 64, generator=torch.Generator().manual_seed(1))
+    appended.sequence.append(keys, values)
+    appended.cache = appended.sequence.packed()
+    found, expected = launch(case, new=(keys, values)), launch(appended)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+    assert torch.equal(case.cache.lengths, appended.cache.lengths)
+    assert all(torch.equal(one, two) for one, two in zip(case.cache.floats, appended.cache.floats, strict=True))
+
+
+def test_rotation_of_columns():
+    """Whole numbers up to 15 stay exact in float16, whatever the order of the sums."""
+    from quantkit.algorithms.kv.hadamard import rotate
+
+    for head_dim in (64, 128, 256):
+        x = torch.randint(-15, 16, (head_dim, 8), generator=torch.Generator().manual_seed(head_dim)).float()
+        found = torch.empty_like(x)
+        rotation_kernel[(1,)](x, found, head_dim)
+        assert torch.allclose(found, rotate(x.T).T, rtol=1e-6, atol=1e-6)
+
+
+@triton.jit
+def rotation_kernel(x, found, D: tl.constexpr):
+    at = tl.arange(0, D)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    tl.store(found + at, rotate_columns(tl.load(x + at), D))
 
 
 def coded_by_the_kernel(spec_text, tokens, starts, seed=0):

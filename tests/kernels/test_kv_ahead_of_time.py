@@ -9,7 +9,7 @@ import pytest
 import torch
 from kv_caches import filled
 
-from quantkit.kernels.kv_decode import choose_config, decode_launches
+from quantkit.kernels.kv_decode import ON_DEVICE, Step, choose_config, decode_launches, work_size
 
 pytestmark = [
     pytest.mark.slow,
@@ -17,17 +17,19 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("spec", ["akvq-vl", "int4"])
+@pytest.mark.parametrize("spec", ["akvq-vl", "int4", "zipcache:share=0.5"])
 def test_decode(compile_for_sm90, spec):
     from quantkit.kernels import kv_attention_triton as kernels
 
     case = filled(spec, n=600, heads=1, head_dim=128)
-    result, lse = torch.zeros(case.query.shape), torch.zeros(case.query.shape[:2])
-    configs = [choose_config(pages.spec, 1024) for pages in case.cache.pages]
-    launches = decode_launches(case.query.half(), 1.0, case.cache, result, lse, configs)
-    for name, grid, arguments in launches:
-        extra = {"ASM": True} if name == "decode_kernel" else {}
-        metadata, sass, resources = compile_for_sm90(getattr(kernels, name), grid, arguments, **extra)
+    query = case.query.half()
+    config = choose_config(case.cache.pages)
+    result, lse = torch.zeros(query.shape), torch.zeros(query.shape[:2])
+    work = torch.zeros(work_size(query, case.cache, config))
+    new = (query[:, :1], query[:, 1:2])
+    step = Step(query, *new, result, lse, work)
+    for name, grid, arguments in decode_launches(step, 1.0, case.cache, config):
+        metadata, sass, resources = compile_for_sm90(getattr(kernels, name), grid, arguments, **ON_DEVICE)
         assert metadata.shared <= 232448
         assert resources["STACK"] == 0, name
         if name == "decode_kernel":

@@ -9,7 +9,7 @@ from tiny_models import build
 
 import quantkit
 from quantkit.algorithms.kv.registry import parse_kv_spec
-from quantkit.kernels.kv_decode import DecodeConfig, decode
+from quantkit.kernels.kv_decode import DecodeConfig, Decoder, decode
 from quantkit.runtime.kv_sequence import SequenceCache
 
 pytestmark = [
@@ -40,7 +40,7 @@ def test_against_attention_on_decoded_tokens(spec, group, head_dim):
 @pytest.mark.parametrize("splits", [1, 7, 64])
 def test_any_launch_shape(spec, warps, splits):
     case = filled(spec, n=2000, group=8, head_dim=128, device="cuda")
-    part = run(case, configs=[DecodeConfig(splits=splits, warps=warps, stages=2)])
+    part = run(case, config=DecodeConfig(splits=(splits,), warps=warps, stages=2))
     output, _ = reference(case)
     assert float((part.output - output).norm() / output.norm()) <= 3e-3
 
@@ -67,6 +67,43 @@ def test_a_graph_replays_at_other_lengths():
         graph.replay()
         assert torch.equal(part.output, run(case).output)
         assert part.output.isfinite().all()
+
+
+def test_a_graph_takes_in_tokens_one_after_the_other():
+    """The count of tokens in 16 bits is on the device, and so is the place of the next one."""
+    case = filled("akvq-vl", n=600, head_dim=128, device="cuda")
+    other = filled("akvq-vl", n=600, head_dim=128, device="cuda").sequence
+    tokens = torch.randn(12, 2, 1, 2, 1, 128, generator=torch.Generator().manual_seed(0)).cuda()
+    token, decoder, query = tokens[0].clone(), Decoder(), case.query.view(1, -1, 1, 128)
+    decoder.run(case.query, case.scaling, case.cache, new=(token[0], token[1]))  # compiles, and takes one in
+    outputs = [other.step(*tokens[0], query, case.scaling)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        part = decoder.run(case.query, case.scaling, case.cache, new=(token[0], token[1]))
+    for new in tokens[1:]:
+        token.copy_(new)
+        graph.replay()
+        outputs.append(other.step(*new, query, case.scaling))
+        assert torch.equal(part.output.flatten(), outputs[-1].flatten())
+    assert len({float(output.sum()) for output in outputs}) == len(tokens)
+
+
+@pytest.mark.parametrize("spec", ["akvq-vl", "akvq-vl:bits=4,pivots=0", "zipcache:share=0.3", "int4"])
+def test_a_step_is_an_append_and_attention(spec):
+    """Bit for bit, while tokens leave the window and pages are added."""
+    one, two = (filled(spec, n=200, group=4, head_dim=128, device="cuda").sequence for _ in range(2))
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(170):
+        keys, values = torch.randn(2, 1, 2, 1, 128, generator=generator).cuda()
+        query = torch.randn(1, 8, 1, 128, generator=generator).cuda()
+        found = one.step(keys, values, query, 0.1)
+        two.append(keys[0], values[0])
+        rows = query.view(2, 4, 128)
+        part = two.attend(rows, 0.1)
+        two.probe(rows, 0.1, part.lse)
+        assert torch.equal(found.flatten(), part.output.flatten())
+    assert [segment.positions for segment in one.segments] == [segment.positions for segment in two.segments]
+    assert one.nbytes == two.nbytes
 
 
 @pytest.mark.parametrize("spec", ["akvq-vl", "zipcache", "kivi:window=16", "int4:rotate=yes"])

@@ -1,0 +1,51 @@
+"""Walsh-Hadamard rotation in registers: Triton functions that the kernels of the KV cache call.
+
+The torch twin is algorithms/kv/hadamard.py.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return, assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def _log2(size):
+    return size.bit_length() - 1
+
+
+@triton.jit
+def rotate_rows(x, D: tl.constexpr):
+    """x H for x float32 [rows, D]: each step transforms the highest bit of the index and makes it the lowest."""
+    ROWS: tl.constexpr = x.shape[0]
+    for _ in tl.static_range(_log2(D)):
+        first, second = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, D // 2)), (0, 2, 1)))
+        x = tl.reshape(tl.join(first + second, first - second), (ROWS, D))
+    return x * (D**-0.5)
+
+
+@triton.jit
+def _signs(BITS: tl.constexpr):
+    """Sylvester's matrix of the `BITS` lowest bits of the index, the others untouched: float16 [16, 16]."""
+    row = tl.arange(0, 16)[:, None]
+    column = tl.arange(0, 16)[None, :]
+    both = row & column & ((1 << BITS) - 1)
+    odd = (both ^ (both >> 1) ^ (both >> 2) ^ (both >> 3)) & 1
+    return tl.where((row ^ column) >> BITS == 0, 1 - 2 * odd, 0).to(tl.float16)
+
+
+@triton.jit
+def rotate_columns(x, D: tl.constexpr):
+    """H x for x [D, columns], D from 64 to 256: two products on tensor cores, of the four highest bits of the index and
+    of the others. x is rounded to float16 once: queries of 16 bits are not."""
+    COLUMNS: tl.constexpr = x.shape[1]
+    REST: tl.constexpr = D // 16
+    x = tl.dot(_signs(4), tl.reshape(x.to(tl.float16), (16, REST * COLUMNS)), out_dtype=tl.float32) * 0.25
+    x = tl.reshape(tl.permute(tl.reshape(x, (REST, 16, COLUMNS)), (1, 0, 2)), (16, REST * COLUMNS))
+    signs = _signs(_log2(REST))
+    rounded = x.to(tl.float16)
+    x = tl.dot(signs, (x - rounded.to(tl.float32)).to(tl.float16), out_dtype=tl.float32)
+    x = tl.dot(signs, rounded, x, out_dtype=tl.float32) * REST**-0.5
+    return tl.reshape(tl.permute(tl.reshape(x, (16, REST, COLUMNS)), (1, 0, 2)), (D, COLUMNS))
