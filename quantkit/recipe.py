@@ -211,7 +211,7 @@ class Recipe:
         """What may be kept of a block's query and key weights: 1 is all of them, as codes."""
         if not self.factorizes or self.allocator != "casp" or self.factor_all:
             return (self.keep_ratio,)
-        return (1.0, *(self.keep_ratio * more for more in (1, 1.5, 2) if self.keep_ratio * more < 1))
+        return (1.0, *(self.keep_ratio * more for more in (1, 2) if self.keep_ratio * more < 1))
 
     def for_factors(self, group_size: int) -> Recipe:
         """The recipe of one low-rank factor."""

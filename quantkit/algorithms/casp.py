@@ -1,13 +1,12 @@
 """CASP: query and key projections as low-rank factors; the bytes that this saves go to the blocks that matter.
 
 Paper      Gholami et al. 2025, arXiv:2503.05936. Factors: whitened SVD, as in SVD-LLM (arXiv:2403.07378).
-Minimizes  ||R^1/2 (W - up down) L||^2 over factors of one rank, with H = L L^T a multiple of X^T X and R what errors of
-           each head's queries or keys cost attention's output; the truncated SVD of R^1/2 W L is the optimum (Eckart,
-           Young). The paper has R = 1.
+Minimizes  ||X (W - up down)^T||^2 over factors of one rank: with H = L L^T (H a multiple of X^T X) it is
+           ||(W - up down) L||^2, and the truncated SVD of W L is the optimum (Eckart, Young).
 Allocates  the least sum of losses under a budget in bytes: what storing a block at the lowest width, or its queries and
-           keys as factors, does to the model's last hidden states, measured, and 4^-b of it for other widths
+           keys as factors, does to the model's predictions, measured, and 4^-b of it for other widths
            (rate-distortion); `layerwise.marginal_widths` spends the bytes.
-Needs      the Hessian of the projections' inputs, and per head the row factors that BoA uses (calib/attention.py).
+Needs      the Hessian of the projections' inputs.
 Cost       one Cholesky [in, in] and one SVD [out, in] per projection, in float64.
 Deviates   The paper's allocation and importance are not public; these are ours (pipeline/measure.py), and they decide
            too in which blocks factors pay; the paper has them in all. Where keys have fewer heads than queries the
@@ -32,7 +31,6 @@ from quantkit.formats.low_rank import LowRank
 
 _DAMPING = 1e-6  # of the whitening, as a fraction of mean(diag(H)); ten times more until the Cholesky succeeds
 _RETRIES = 6
-_ROW_DAMPING = 1e-3  # of the row metric, as a fraction of its mean eigenvalue
 _NEGLIGIBLE = 0.1  # of the uniform probability: attention below it counts as none
 
 SolveFactor = Callable[[Tensor, Tensor], GroupedInt]  # (weight, Hessian of its inputs) -> codes
@@ -64,14 +62,13 @@ def rank_of(out_features: int, in_features: int, keep_ratio: float) -> int:
     return exact // step * step
 
 
-def whitened_factors(weight: Tensor, hessian: Tensor, rank: int, row_metric: Tensor | None = None) -> Factors:
+def whitened_factors(weight: Tensor, hessian: Tensor, rank: int) -> Factors:
     """The best factors of one rank for the calibration inputs.
 
     Args:
         weight: float ``[out_features, in_features]``.
         hessian: float ``[in_features, in_features]``, any positive multiple of X^T X.
         rank: at most min(out_features, in_features).
-        row_metric: float ``[heads, head_dim, head_dim]``, what errors of each head's outputs cost; None: all alike.
 
     Raises:
         NotPositiveDefiniteError: no damping up to 1 made the Hessian positive definite.
@@ -79,24 +76,12 @@ def whitened_factors(weight: Tensor, hessian: Tensor, rank: int, row_metric: Ten
     """
     live, H = without_dead_columns(weight.double(), hessian.double())
     root = _root(H)
-    row_root = None if row_metric is None else _row_root(row_metric)
-    seen = live if row_root is None else row_root @ live
-    left, singular, right = torch.linalg.svd(seen @ root, full_matrices=False)
+    left, singular, right = torch.linalg.svd(live @ root, full_matrices=False)
     scaled = singular[:rank, None] * right[:rank]
     down = torch.linalg.solve_triangular(root, scaled, upper=False, left=False)  # scaled root^-1
     energy = singular.square()
     lost = float(energy[rank:].sum() / energy.sum().clamp_min(1e-300))
-    up = left[:, :rank] if row_root is None else torch.linalg.solve(row_root, left[:, :rank])
-    return Factors(up.float(), down.float(), lost)
-
-
-def _row_root(row_metric: Tensor) -> Tensor:
-    """The symmetric square root of the damped row metric, block-diagonal, float64 ``[out, out]``."""
-    values, vectors = torch.linalg.eigh(row_metric.double())
-    floor = _ROW_DAMPING * values.mean(-1, keepdim=True).clamp_min(1e-30)
-    roots = (vectors * (values.clamp_min(0) + floor).sqrt().unsqueeze(-2)) @ vectors.mT
-    joined: Tensor = torch.block_diag(*roots)  # type: ignore[no-untyped-call]
-    return joined
+    return Factors(left[:, :rank].float(), down.float(), lost)
 
 
 def _root(hessian: Tensor) -> Tensor:
@@ -117,7 +102,6 @@ def quantized_factors(
     rank: int,
     solve_down: SolveFactor,
     solve_up: SolveFactor,
-    row_metric: Tensor | None = None,
 ) -> LowRank:
     """Factorize and quantize: the latents as they come or mixed, whichever loses less.
 
@@ -126,10 +110,8 @@ def quantized_factors(
         hessian: float32 ``[in_features, in_features]``, (2 / n_tokens) X^T X.
         rank: see `rank_of`.
         solve_down, solve_up: quantize the factors.
-        row_metric: as in `whitened_factors`.
     """
-    factors = whitened_factors(weight, hessian, rank, row_metric)
-    rows = None if row_metric is None else _row_root(row_metric).float()
+    factors = whitened_factors(weight, hessian, rank)
     candidates = []
     for mixing in (None, _mixing(rank).to(weight.device)):
         down = factors.down if mixing is None else mixing @ factors.down
@@ -139,7 +121,6 @@ def quantized_factors(
         up = _least_squares(weight @ hessian @ D.t(), latent_hessian)
         candidate = LowRank(down=stored_down, up=solve_up(up, latent_hessian))
         error = candidate.dequantize() - weight
-        error = error if rows is None else rows @ error
         candidates.append((float((error @ hessian).mul_(error).sum()), candidate))
     return min(candidates, key=lambda pair: pair[0])[1]
 

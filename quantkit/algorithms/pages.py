@@ -291,9 +291,9 @@ PAGES: dict[str, Page] = {
     "casp": Page(
         authors="Gholami, Akbari, Cannons, Zhang: CASP, compression by attention sparsity, CVPR 2025",
         what="""
-            Query and key projections become products of two low-rank factors, the best ones for what attention makes of
-            the calibration inputs. The bytes that this saves go to the blocks whose errors do most harm at the end.
-            Only blocks where it pays get factors; `--set factor_all=true` gives them to all, as the paper does.
+            Query and key projections become products of two low-rank factors, the best ones for the calibration
+            inputs. The bytes that this saves go to the blocks whose errors change the predictions most. Only blocks
+            where it pays get factors; `--set factor_all=true` gives them to all, as the paper does.
         """,
         when="""
             For vision-language models with many image tokens per text token. The run measures the paper's condition

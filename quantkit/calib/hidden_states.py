@@ -116,6 +116,39 @@ def capture_block_inputs(
     return calls
 
 
+def run_behind(run: Callable[[], Any], blocks: list[nn.Module], hidden: Tensor) -> Any:
+    """The model's own forward on what its last block might put out: norm, output head, and what else follows.
+
+    Args:
+        run: calls the model on any sample and returns its logits.
+        blocks: the decoder blocks; they need no weights.
+        hidden: float ``[n, n_tokens, hidden]``.
+
+    Returns:
+        What `run` returns, for these hidden states.
+    """
+
+    def forward(is_last: bool, as_tuple: bool) -> Callable[..., Any]:
+        def stand_in(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = hidden if is_last else hidden_states
+            return (output,) if as_tuple else output
+
+        return stand_in
+
+    found = None
+    for as_tuple in (False, True):
+        for index, block in enumerate(blocks):
+            block.forward = forward(index == len(blocks) - 1, as_tuple)
+        try:
+            found = run()
+        finally:
+            for block in blocks:
+                del block.forward
+        if found.shape[:2] == hidden.shape[:2]:  # else the model took element 0 of our tensor: it expects a tuple
+            break
+    return found
+
+
 class _StandIns:
     """Replaces the blocks' forward for one sample."""
 

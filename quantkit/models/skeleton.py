@@ -123,11 +123,11 @@ class Skeleton:
         self.block_module(index).to("meta")
         _trim_heap()
 
-    def load_surroundings(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Fill everything that runs before the blocks: all but the blocks, the output head and what follows them."""
-        head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
+    def load_surroundings(self, device: torch.device, dtype: torch.dtype, head: bool = False) -> None:
+        """Fill everything around the blocks; the output head only if it is asked for."""
+        output = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         for name, module in self.model.named_modules():
-            if module is head or self.in_blocks(name):
+            if (module is output and not head) or self.in_blocks(name):
                 continue
             self._fill_own(module, name, device, dtype)
 

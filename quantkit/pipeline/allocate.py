@@ -31,7 +31,7 @@ from quantkit.models.structure import Block, Linear
 from quantkit.pipeline.budget import Budget, Choice, Unit, budget_of, bytes_at, choices_of, units_of
 from quantkit.pipeline.measure import Propagation
 from quantkit.pipeline.request import Listener
-from quantkit.pipeline.scored import ScoredBlock
+from quantkit.pipeline.scored import Predicting, ScoredBlock
 from quantkit.pipeline.sparsity import N_PROBES, Condition
 from quantkit.recipe import Recipe
 
@@ -72,13 +72,19 @@ class Allocator:
         self.units = units_of(blocks, recipe)
         self.budget = budget_of([linear for block in blocks for linear in block.linears], recipe)
 
-    def choices(self, folder: Path, originals: Iterable[ScoredBlock]) -> dict[str, Choice]:
-        """What each linear gets, by its name: as decided before in this folder, or by the scores of ``originals``."""
+    def choices(
+        self, folder: Path, originals: Iterable[ScoredBlock], predicting: Predicting | None = None
+    ) -> dict[str, Choice]:
+        """What each linear gets, by its name: as decided before in this folder, or by the scores of ``originals``.
+
+        Args:
+            predicting: opens what follows the blocks; needed for ``allocator=casp``.
+        """
         path = folder / FILE
         if not path.exists():
             details: dict[str, dict[str, float]] = {}
             condition = Condition() if self.recipe.factorizes and needs_activations(self.recipe) else None
-            scores = self._scores(originals, details, condition)
+            scores = self._scores(originals, details, condition, predicting)
             allocation = allocate(self.units, scores, self.budget, self.recipe)
             for unit in allocation["units"]:
                 unit.update(details.get(unit["name"], {}))
@@ -95,7 +101,11 @@ class Allocator:
         }
 
     def _scores(
-        self, originals: Iterable[ScoredBlock], details: dict[str, dict[str, float]], condition: Condition | None
+        self,
+        originals: Iterable[ScoredBlock],
+        details: dict[str, dict[str, float]],
+        condition: Condition | None,
+        predicting: Predicting | None,
     ) -> list[Score]:
         if self.recipe.allocator == "random":
             return random_scores(self.units, self.seed)
@@ -115,7 +125,11 @@ class Allocator:
                 propagation.look_at(units[0] if units else None, block)
                 continue
             scores += score_block(units, block, self.recipe, self.budget, self.seed, details)
-        return scores if propagation is None else propagation.losses()
+        if propagation is None:
+            return scores
+        assert predicting is not None
+        with predicting() as predict:
+            return propagation.losses(predict)
 
 
 def score_block(

@@ -25,10 +25,10 @@ class AttentionWatch:
     def __init__(
         self, name: str, block: nn.Module, paths: Collection[str], recipe: Recipe, note: Callable[[str], None]
     ) -> None:
-        self._name, self._note, self._recipe = name, note, recipe
+        self._name, self._note = name, note
         self._attention: Attention | None = None
         self._recorder: AttentionRecorder | None = None
-        if recipe.solver != "boa" and not recipe.factorizes:
+        if recipe.solver != "boa":
             return
         found = find_attention(block)
         if not isinstance(found, Attention):
@@ -39,8 +39,8 @@ class AttentionWatch:
                 found,
                 block,
                 metric=recipe.qk_metric,  # type: ignore[arg-type]
-                value_columns=recipe.block_v and recipe.solver == "boa",
-                value_rows=recipe.v_row_factor and recipe.solver == "boa",
+                value_columns=recipe.block_v,
+                value_rows=recipe.v_row_factor,
                 center_keys=recipe.center_keys,
             )
 
@@ -58,10 +58,7 @@ class AttentionWatch:
         return head_factors(self._attention, statistics) if statistics else {}
 
     def _fall_back(self, reason: str) -> None:
-        if self._recipe.solver == "boa":
-            self._note(f"{self._name}: {reason}; BoA's derivation does not hold, so GPTQ quantizes all of it")
-        else:
-            self._note(f"{self._name}: {reason}; factors aim at queries and keys, not at what attention makes of them")
+        self._note(f"{self._name}: {reason}; BoA's derivation does not hold, so GPTQ quantizes all of it")
 
 
 def attention_bytes(block: nn.Module, recipe: Recipe, seq_len: int) -> int:

@@ -1,12 +1,13 @@
-"""What storing a block at low widths costs the model's output, measured: codes, and factors of queries and keys.
+"""What storing a block at low widths costs the model's predictions, measured: codes, and factors of queries and keys.
 
 All is solved as it will be, on the original model. Each change of one block (all its linears at the lowest width; only
 its queries and keys; these as factors of some rank) starts a stream of hidden states of its own, which goes on through
-the original blocks behind it. At the end stands what it does to the last hidden states of text tokens, which are what
-predicts: an error early in a model passes through everything behind it, and its size where it arises does not tell.
+the original blocks behind it. At the end stands the KL divergence of what is predicted at text tokens. The size of an
+error where it arises, or in the last hidden states, does not tell: one that moves attention to the wrong place is small
+there, and costs the answer.
 
-A block's loss is the sum of its parts; other widths follow from the rate-distortion law. So a block gets factors where
-the bytes that they save buy more elsewhere than they cost here.
+A block's loss is the sum of its parts; other widths follow from the rate-distortion law, as the divergence is quadratic
+in small errors. So a block gets factors where the bytes that they save buy more elsewhere than they cost here.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from torch import Tensor
 from quantkit.algorithms.casp import expected_losses
 from quantkit.calib.statistics import StatisticsRecorder
 from quantkit.models.structure import Linear
-from quantkit.pipeline.attend import AttentionWatch
 from quantkit.pipeline.budget import Choice, Unit, is_factorized
-from quantkit.pipeline.modality import N_PROBES, squared_error, token_weights
-from quantkit.pipeline.scored import ScoredBlock
+from quantkit.pipeline.modality import token_weights
+from quantkit.pipeline.scored import Predict, ScoredBlock
 from quantkit.pipeline.solve import solve_linear
 from quantkit.recipe import Recipe
 
+N_PROBES = 12  # samples that are carried along
+_MAX_ROWS = 256  # of a sample at which predictions are compared, evenly spaced
 _ALL = 0.0  # of `_Stream.ratio`: all linears of the block at the lowest width
 
 
@@ -75,12 +77,25 @@ class Propagation:
             self._streams.append(_Stream(self._n_units, ratio, probes.outputs(weights)))
         self._n_units += 1
 
-    def losses(self) -> list[list[float]]:
-        """Of each unit under each choice, once all blocks have been looked at."""
+    def losses(self, predict: Predict) -> list[list[float]]:
+        """Of each unit under each choice, once all blocks have been looked at.
+
+        Args:
+            predict: logits from what the last block puts out.
+        """
+        sums = [0.0] * len(self._streams)
+        n_rows = 0
+        for probe, original in enumerate(self._original):
+            mask = None if self._masks is None else self._masks[probe_samples(len(self._masks))[probe]]
+            rows = compared_rows(original.shape[1], mask)
+            expected = predict(original[:, rows]).float().log_softmax(-1)
+            n_rows += len(rows)
+            for index, stream in enumerate(self._streams):
+                found = predict(stream.hidden[probe][:, rows]).float().log_softmax(-1)
+                sums[index] += float((expected.exp() * (expected - found)).sum())
         parts: list[dict[float, float]] = [{} for _ in range(self._n_units)]
-        masks = None if self._masks is None else [self._masks[at] for at in probe_samples(len(self._masks))]
-        for stream in self._streams:
-            parts[stream.unit][stream.ratio] = squared_error(self._original, stream.hidden, masks)
+        for stream, total in zip(self._streams, sums, strict=True):
+            parts[stream.unit][stream.ratio] = max(total / max(n_rows, 1), 0.0)
         return [self._losses_of(part) for part in parts]
 
     def _losses_of(self, part: Mapping[float, float]) -> list[float]:
@@ -101,6 +116,14 @@ def probe_samples(n_samples: int) -> list[int]:
     return [at * n_samples // n for at in range(n)]
 
 
+def compared_rows(n_tokens: int, image_mask: Tensor | None) -> Tensor:
+    """Positions of text tokens, evenly spaced if they are many; never the first, which predicts next to nothing."""
+    text = torch.ones(n_tokens, dtype=torch.bool) if image_mask is None else ~image_mask.cpu()
+    rows = text.nonzero().flatten()
+    rows = rows[rows > 0]
+    return rows[:: max(1, -(-len(rows) // _MAX_ROWS))]
+
+
 class _Probes:
     """One block of the original model on the probe samples, with the statistics that its linears are solved by."""
 
@@ -109,15 +132,13 @@ class _Probes:
         paths = [linear.path for linear in unit.linears] if unit else []
         linears = {path: block.module.get_submodule(path) for path in paths}
         self._recorder = StatisticsRecorder(linears, strict=recipe.weighs_tokens)
-        watch = AttentionWatch(unit.name if unit else "", block.module, paths, recipe, lambda note: None)
         self.pairs: list[tuple[Tensor, Tensor]] = []  # per probe: what enters and what leaves the block
-        with self._recorder.recording(), watch.recording():
+        with self._recorder.recording():
             self._recorder.next_call(None, self._weights(recipe, 0))
             for sample, (before, after) in enumerate(block.outcomes):
                 if sample in self._samples:
                     self.pairs.append((before.to(after.device, copy=True), after))
                 self._recorder.next_call(None, self._weights(recipe, sample + 1))
-        self._heads = watch.factors()
 
     def _weights(self, recipe: Recipe, sample: int) -> Tensor | None:
         masks = self._block.image_masks
@@ -128,7 +149,7 @@ class _Probes:
         found: dict[str, Tensor] = {}
         for linear in linears:
             weight, statistics = self._parameter(linear.path), self._recorder.statistics(linear.path)
-            solved = solve_linear(linear, weight.data, statistics, recipe, self._heads.get(linear.path, ()))
+            solved = solve_linear(linear, weight.data, statistics, recipe)
             found[linear.path] = solved.weight.dequantize().to(weight.dtype)
         return found
 

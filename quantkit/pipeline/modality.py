@@ -42,23 +42,6 @@ def probes(image_masks: Sequence[Tensor] | None) -> list[int]:
     return [at * len(image_masks) // n for at in range(n)]
 
 
-def squared_error(before: Sequence[Tensor], after: Sequence[Tensor], masks: Sequence[Tensor] | None) -> float:
-    """Mean of |quantized - original|^2 / |original|^2 over the rows of text tokens, or of all where there are no masks.
-
-    Args:
-        before, after: float ``[1, n_tokens, hidden]`` per sample. Position 0 is left out: its norm hides every change.
-        masks: bool ``[n_tokens]`` per sample, true for image tokens.
-    """
-    errors = []
-    for index, (original, quantized) in enumerate(zip(before, after, strict=True)):
-        rows = original.float().flatten(0, 1)
-        change = (quantized.float().flatten(0, 1) - rows).square().sum(1) / rows.square().sum(1).clamp_min(1e-30)
-        text = torch.ones(len(rows), dtype=torch.bool) if masks is None else ~masks[index].cpu()
-        errors.append(change[1:].cpu()[text[1:]])
-    error = torch.cat(errors)
-    return float(error.double().mean()) if len(error) else 0.0
-
-
 def modality_errors(before: Sequence[Tensor], after: Sequence[Tensor], masks: Sequence[Tensor]) -> dict[str, float]:
     """Mean over image and over text tokens of |quantized - original| / |original| of a block's output rows.
 

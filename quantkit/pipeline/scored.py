@@ -1,11 +1,20 @@
-"""One block of the unquantized model, as allocators see it."""
+"""The unquantized model, as allocators see it: one block after the other, and what it predicts behind the last one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+
+from quantkit.calib.hidden_states import run_behind
+from quantkit.calib.pictures import CalibrationSet, for_forward
+from quantkit.models.skeleton import Skeleton
+
+Predict = Callable[[Tensor], Tensor]  # hidden states [n, n_tokens, hidden] of the last block -> logits [.., vocabulary]
+Predicting = Callable[[], AbstractContextManager[Predict]]
 
 Outcomes = Iterable[tuple[Tensor, Tensor]]  # per sample: what enters and what leaves a block, [1, n_tokens, hidden]
 
@@ -29,3 +38,25 @@ class ScoredBlock:
     forward: Callable[[int, Tensor], Tensor]
     image_masks: Sequence[Tensor] | None = None
     entering: Callable[[int], Tensor] | None = None
+
+
+@contextmanager
+def predicting(
+    skeleton: Skeleton, calibration: CalibrationSet, device: torch.device, dtype: torch.dtype
+) -> Iterator[Predict]:
+    """What the original model predicts from what its last block puts out; its blocks need no weights meanwhile."""
+    skeleton.load_surroundings(device, dtype, head=True)
+    model = skeleton.model
+    sample = for_forward(model, next(iter(calibration.inputs())), device, dtype)
+    blocks = [skeleton.block_module(index) for index in range(len(skeleton.blocks))]
+
+    def predict(hidden: Tensor) -> Tensor:
+        logits: Tensor = run_behind(
+            lambda: model(**sample, use_cache=False).logits, blocks, hidden.to(device=device, dtype=dtype)
+        )
+        return logits
+
+    try:
+        yield predict
+    finally:
+        skeleton.release_surroundings()

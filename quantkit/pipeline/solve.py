@@ -54,8 +54,7 @@ def solve_linear(
     Args:
         weight: float ``[out_features, in_features]``.
         statistics: of its inputs; None when the recipe needs no calibration.
-        heads: for ``solver=boa`` and low-rank factors, what attention does with its outputs; all rows, each once.
-            Without it BoA is GPTQ, and factors are the best for the outputs themselves.
+        heads: for ``solver=boa``, what attention does with its outputs; all rows, each once. Without it BoA is GPTQ.
 
     Raises:
         QuantkitError: with the linear's name in front.
@@ -81,14 +80,14 @@ def _solve(
         return _solve_signs(weight, hessian, statistics, recipe)
     group_size = recipe.group_size or linear.in_features
     if is_factorized(linear, recipe):
-        return _solve_low_rank(linear, weight, hessian, statistics, recipe, heads)
+        return _solve_low_rank(linear, weight, hessian, statistics, recipe)
     bits = (recipe.width,) * (linear.in_features // group_size)
     if recipe.allocator == "sba":
         bits = _allocate_sba(weight, hessian, statistics, group_size, recipe)
     cross = statistics.cross() if statistics else None
     if cross is not None and hessian is not None:
         weight = corrected_target(weight, hessian, cross, recipe.correction, recipe.damping)
-    if heads and recipe.solver == "boa":
+    if heads:
         assert hessian is not None
         quantized, damping = _solve_heads(weight, hessian, heads, bits, recipe)
         return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), damping)
@@ -125,12 +124,7 @@ def _solve_grouped(
 
 
 def _solve_low_rank(
-    linear: Linear,
-    weight: Tensor,
-    hessian: Tensor | None,
-    statistics: InputStatistics | None,
-    recipe: Recipe,
-    heads: Sequence[HeadFactors],
+    linear: Linear, weight: Tensor, hessian: Tensor | None, statistics: InputStatistics | None, recipe: Recipe
 ) -> Solved:
     """Queries or keys as two factors, each solved by the recipe at ``qk_bits``."""
     assert hessian is not None
@@ -148,8 +142,7 @@ def _solve_low_rank(
 
         return solve
 
-    rows = heads[0].row_factors if heads else None  # a linear of queries or keys alone: its rows are in order
-    quantized = quantized_factors(weight, hessian, spec.rank, solver(spec.down), solver(spec.up), rows)
+    quantized = quantized_factors(weight, hessian, spec.rank, solver(spec.down), solver(spec.up))
     return Solved(quantized, relative_error(weight, quantized.dequantize(), hessian), max(dampings))
 
 

@@ -30,7 +30,7 @@ from quantkit.pipeline.journal import Journal
 from quantkit.pipeline.modality import modality_errors, probes, token_weights
 from quantkit.pipeline.outside import OutsideMatrix, set_embedding
 from quantkit.pipeline.request import Listener, ModuleReport, QuantizeRequest
-from quantkit.pipeline.scored import ScoredBlock
+from quantkit.pipeline.scored import ScoredBlock, predicting
 from quantkit.pipeline.solve import SAMPLE_ROWS, Solved, relative_error, solve_linear
 from quantkit.pipeline.tune import BlockTuning
 from quantkit.pipeline.vision import round_vision, solve_vision
@@ -78,7 +78,8 @@ class Walk:
             self.skeleton.check_surroundings()
         if self.recipe.mixes_widths:
             allocator = Allocator(self.recipe, blocks, self.seed, self.listener)
-            self.choices = allocator.choices(self.journal.folder, self._original_blocks())
+            behind = partial(predicting, self.skeleton, self.calibration, self.device, self.dtype)  # type: ignore[arg-type]
+            self.choices = allocator.choices(self.journal.folder, self._original_blocks(), behind)
         if self.recipe.stores_signs:
             self.ranks = ranks_of([linear for block in blocks for linear in block.linears], self.recipe)
         if self.calibration is not None and n_finished < len(blocks):

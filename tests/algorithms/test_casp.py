@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -145,43 +145,6 @@ def test_queries_and_keys_have_factors_of_their_own() -> None:
     key, _, _ = anisotropic(seed=2)
     factors = [whitened_factors(weight, hessian, 4) for weight in (query, key)]
     assert not torch.allclose(factors[0].down, factors[1].down, atol=0.1)
-
-
-def row_metric(heads: int, head_dim: int, seed: int = 3) -> Tensor:
-    """Positive definite, [heads, head_dim, head_dim]."""
-    roots = torch.randn(heads, head_dim, head_dim, generator=torch.Generator().manual_seed(seed))
-    return roots @ roots.mT + 0.1 * torch.eye(head_dim)
-
-
-@given(st.integers(0, 5), st.integers(1, 6))
-@settings(max_examples=10, deadline=None)
-def test_a_row_metric_is_what_the_factors_minimize(seed: int, rank: int) -> None:
-    """tr((W - up down)^T R (W - up down) H) is the sum of the squared singular values of R^1/2 W L that are cut off."""
-    weight, _, hessian = anisotropic(12, 8, seed=seed)
-    metric = row_metric(3, 4)
-    R = torch.block_diag(*(metric + 1e-3 * metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(4)))
-
-    def loss(product: Tensor) -> float:
-        error = (weight - product).double()
-        return float(((R.double() @ error @ hessian.double()) * error).sum())
-
-    factors = whitened_factors(weight, hessian, rank, metric)
-    best = loss(factors.up @ factors.down)
-    root = torch.linalg.cholesky(hessian.double() + 1e-6 * hessian.diagonal().mean() * torch.eye(8))
-    values, vectors = torch.linalg.eigh(R.double())
-    seen = vectors @ torch.diag(values.sqrt()) @ vectors.t() @ weight.double() @ root
-    cut = float(torch.linalg.svdvals(seen)[rank:].square().sum())
-    total = float(torch.linalg.svdvals(seen).square().sum())
-    assert best == pytest.approx(cut, rel=1e-3, abs=1e-4 * total)
-    plain = whitened_factors(weight, hessian, rank)
-    assert best <= loss(plain.up @ plain.down) + 1e-4 * total
-
-
-def test_equal_heads_are_no_metric() -> None:
-    weight, _, hessian = anisotropic()
-    same = torch.eye(weight.shape[0] // 4).expand(4, -1, -1)
-    with_metric, without = (whitened_factors(weight, hessian, 4, metric) for metric in (same, None))
-    torch.testing.assert_close(with_metric.up @ with_metric.down, without.up @ without.down, rtol=0, atol=1e-4)
 
 
 @given(st.lists(st.floats(0.01, 2), min_size=2, max_size=6), st.integers(0, 40))
