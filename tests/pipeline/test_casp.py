@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from quantized_models import Events, Interrupted, StopAfter, dense_model, sha256_of, small_run
-from tiny_models import tiny_model
-from tiny_vision import picture_folder, picture_run, tiny_vision_model
+from tiny_models import FAMILIES, tiny_model
+from tiny_vision import VISION_FAMILIES, WITH_PROCESSORS, picture_folder, picture_run, tiny_vision_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import quantkit
@@ -19,6 +19,7 @@ from quantkit.formats.files import read_json
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.low_rank import LowRankSpec
 from quantkit.formats.storage import unpack
+from quantkit.pipeline import QuantizeResult
 from quantkit.pipeline.sparsity import Condition
 from quantkit.recipe import resolve
 
@@ -119,6 +120,38 @@ def test_queries_and_keys_keep_their_biases(models: Path, text: Path, tmp_path: 
     result = small_run(source, tmp_path / "out", text, "casp", bits=2.5, settings=EVERY)
     assert_computes_with_its_weights(source, result.output, AutoModelForCausalLM)
     assert "model.layers.0.self_attn.q_proj.bias" in find_tensors(result.output)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_vision_families(family: str, models: Path, pictures: Path, text: Path, tmp_path: Path) -> None:
+    """Each is interrupted, resumed, and has the bytes of an undisturbed run, within the budget."""
+    source = tiny_vision_model(family, models)
+    with_pictures = family in WITH_PROCESSORS
+    options: dict[str, Any] = {"method": "casp", "bits": 2.5, "settings": EVERY, "n_samples": 2}
+
+    def run(output: Path, **more: Any) -> QuantizeResult:
+        if with_pictures:
+            return picture_run(source, output, pictures, **options, **more)
+        return small_run(source, output, text, **options, **more)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "out", listener=StopAfter(1))
+    result = run(tmp_path / "out")
+    assert result.resumed_blocks == 1
+    assert sha256_of(result.output) == sha256_of(run(tmp_path / "whole").output)
+    report = read_json(result.output / "report.json")
+    assert result.bpw == report["bpw"] <= report["allocation"]["budget_bpw"]
+    assert all(loss > 0 for unit in report["allocation"]["units"] for loss in unit["score"])
+    assert_computes_with_its_weights(source, result.output, AutoModelForImageTextToText)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_families_have_losses_too(family: str, models: Path, text: Path, tmp_path: Path) -> None:
+    """What follows the blocks is the model's own, whatever it is."""
+    options: dict[str, Any] = {"bits": 2.5, "settings": ["keep_ratio=1", "solver=rtn", "grid=minmax"], "n_samples": 2}
+    result = small_run(tiny_model(family, models), tmp_path / "out", text, "casp", **options)
+    units = read_json(result.output / "report.json")["allocation"]["units"]
+    assert all(loss > 0 for unit in units for loss in unit["score"])
 
 
 def test_one_width_with_factors(models: Path, text: Path, tmp_path: Path) -> None:
