@@ -110,7 +110,9 @@ def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeR
     calibration = pictures or read_calibration(request, skeleton, sequence_length(skeleton, request))
     listener = listener or Listener()
     if isinstance(calibration, Calibration) and sees_images(skeleton.config):
-        listener.note("calibrating on text alone: what pictures need is not measured; see docs/vision.md")
+        listener.note(
+            "calibrating on text alone costs answers about pictures much; give --calib a folder of them (docs/vision.md)"
+        )
     dtype = compute_dtype(request, skeleton, device)
     text = training_set(request, skeleton) if request.recipe.trains else None
     settings = deciding_settings(request, skeleton, calibration, text, device, dtype)

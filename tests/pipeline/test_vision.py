@@ -191,7 +191,9 @@ def test_image_tokens_never_count_more_than_text_by_default(mask: list[bool]) ->
 def test_text_alone_is_allowed_with_a_note(models: Path, text: Path, pictures: Path, tmp_path: Path) -> None:
     source, events = tiny_vision_model("llava", models), Events()
     small_run(source, tmp_path / "out", text, listener=events)
-    assert events.notes == ["calibrating on text alone: what pictures need is not measured; see docs/vision.md"]
+    assert events.notes == [
+        "calibrating on text alone costs answers about pictures much; give --calib a folder of them (docs/vision.md)"
+    ]
     events = Events()
     picture_run(source, tmp_path / "pictures", pictures, listener=events)
     assert events.notes == []
