@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from packed_weights import activations
@@ -103,6 +105,17 @@ def test_models_without_a_fused_step(family, reason, tmp_path):
 def test_what_the_kernels_do_not_know(change, reason):
     model = random_llama(SHAPE | {"num_hidden_layers": 1} | change, device="cpu", dtype=torch.float32)
     assert reason.replace("\\", "") in str(why_not(model))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in bfloat16 a GPU may choose other tokens than a CPU")
+def test_the_example_of_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "speed.md").read_text()
+    names: dict = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert names["ids"].shape == (1, names["prompt"].shape[1] + 24)
+    model = load("demo")
+    expected = GraphDecoder(model, 64).generate(names["prompt"], 24)
+    assert torch.equal(names["ids"], expected)
 
 
 def test_fused_and_compiled_exclude_each_other():
