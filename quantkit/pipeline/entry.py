@@ -111,7 +111,7 @@ def run(request: QuantizeRequest, listener: Listener | None = None) -> QuantizeR
     listener = listener or Listener()
     if isinstance(calibration, Calibration) and sees_images(skeleton.config):
         listener.note(
-            "calibrating on text alone costs answers about pictures much; give --calib a folder of them (docs/vision.md)"
+            "calibrating on text alone costs many answers; give --calib a folder of pictures (docs/vision.md)"
         )
     dtype = compute_dtype(request, skeleton, device)
     text = training_set(request, skeleton) if request.recipe.trains else None

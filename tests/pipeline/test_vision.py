@@ -192,7 +192,7 @@ def test_text_alone_is_allowed_with_a_note(models: Path, text: Path, pictures: P
     source, events = tiny_vision_model("llava", models), Events()
     small_run(source, tmp_path / "out", text, listener=events)
     assert events.notes == [
-        "calibrating on text alone costs answers about pictures much; give --calib a folder of them (docs/vision.md)"
+        "calibrating on text alone costs many answers; give --calib a folder of pictures (docs/vision.md)"
     ]
     events = Events()
     picture_run(source, tmp_path / "pictures", pictures, listener=events)
