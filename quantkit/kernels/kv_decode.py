@@ -23,7 +23,7 @@ from quantkit.kernels.kv_attention import Part
 
 MAX_SPLITS = 246  # of all segments: with those of tokens in 16 bits 256 slots at most, which merge reads at once
 HEAD_DIMS = (64, 128, 256)
-_RESIDENT = {2: 9, 4: 5, 8: 4}  # programs of a multiprocessor, by bits: what their registers leave room for
+_RESIDENT = {2: 9, 4: 5, 8: 3}  # programs of a multiprocessor, by bits: what registers and memory leave room for
 _LOG2_E = 1.4426950408889634
 _MERGE_TILE = 1 << 13  # numbers that a program of the merge holds at once
 ON_DEVICE = {"ASM": True, "launch_pdl": True}  # a launch begins before the one that it waits for has ended

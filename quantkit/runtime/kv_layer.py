@@ -103,8 +103,9 @@ class QuantizedKvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers i
         """Output [batch, n, query heads, head_dim] of new tokens' queries [batch, query heads, n, head_dim]."""
         batch, n_heads, n, head_dim = query.shape
         heads, before = handle.keys.shape[1], self.columns - n
-        if batch == n == 1 and mask is None and before and self.policy.salience != "text":
-            found = self.sequences[0].step(handle.keys, handle.values, query, scaling)
+        images = self._image_rows(batch, n)
+        if batch == n == 1 and mask is None and before:  # the usual step of generation, without a view
+            found = self.sequences[0].step(handle.keys, handle.values, query, scaling, images[0])
             if found is not None:
                 return found
         seen = _seen(mask, self.columns)
@@ -112,7 +113,6 @@ class QuantizedKvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers i
             output: Tensor = sdpa_attention_forward(module, query, handle.keys, handle.values, mask, scaling=scaling)[0]
         else:
             output = query.new_empty(batch, n, n_heads, head_dim)
-        images = self._image_rows(batch, n)
         for row, sequence in enumerate(self.sequences):
             own = query[row].reshape(heads, -1, n, head_dim)  # [heads, group, n, head_dim]
             new = Chunk(handle.keys[row], handle.values[row], own, scaling, images[row])
@@ -121,6 +121,12 @@ class QuantizedKvLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers i
                 if int(seen[row, :before].sum()) != sequence.length:
                     raise RequestError("the attention mask hides tokens that were visible before; use another cache")
                 visible = seen[row, before:].nonzero().squeeze(1)
+            if before and n == 1 and visible is None:
+                here = slice(row, row + 1)
+                one = sequence.step(handle.keys[here], handle.values[here], query[here], scaling, images[row])
+                if one is not None:
+                    output[row] = one[0]
+                    continue
             if before:
                 inner = None if mask is None else _boolean(mask)[min(row, len(mask) - 1), 0, :, before:]
                 found = _attend_sequence(sequence, new, inner, visible)

@@ -169,7 +169,9 @@ class SequenceCache:
             )
         return merge(parts)
 
-    def step(self, keys: Tensor, values: Tensor, query: Tensor, scaling: float) -> Tensor | None:
+    def step(
+        self, keys: Tensor, values: Tensor, query: Tensor, scaling: float, images: list[bool] | None = None
+    ) -> Tensor | None:
         """`append` of one token, and `attend` with its own query, in as few launches as can be.
 
         None where the kernels cannot do it; nothing has changed then.
@@ -178,6 +180,7 @@ class SequenceCache:
             keys, values: [1, heads, 1, head_dim], as transformers has them: what makes no view saves time.
             query: [1, query heads, 1, head_dim].
             scaling: of the scores.
+            images: whether the token is of an image, as in `append`.
 
         Returns:
             [1, 1, query heads, head_dim].
@@ -198,7 +201,7 @@ class SequenceCache:
         self.floats.positions.append(self.length)
         self.length += 1
         if self.policy.salience in ("text", "probes"):
-            self.salience.watch(keys[0])
+            self.salience.watch(keys[0], images=images)
         if self.salience.is_probe(self.length):
             self.probe(query.view(keys.shape[1], -1, head_dim), scaling, part.lse)
         return part.output
