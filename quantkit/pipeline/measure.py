@@ -28,6 +28,7 @@ from quantkit.pipeline.solve import solve_linear
 from quantkit.recipe import Recipe
 
 N_PROBES = 12  # samples that are carried along
+_AT_A_TIME = 8  # streams in one call of a block
 _MAX_ROWS = 256  # of a sample at which predictions are compared, evenly spaced
 _ALL = 0.0  # of `_Stream.ratio`: all linears of the block at the lowest width
 
@@ -63,8 +64,7 @@ class Propagation:
         """
         probes = _Probes(unit, block, self._recipe)
         self._original = [after.cpu() for _, after in probes.pairs]
-        for stream in self._streams:
-            stream.hidden[:] = probes.outputs({}, stream.hidden)
+        probes.advance([stream.hidden for stream in self._streams])
         if unit is None:
             return
         lo, group_size = self._choices[0].bits, self._choices[0].group_size
@@ -90,9 +90,13 @@ class Propagation:
             rows = compared_rows(original.shape[1], mask)
             expected = predict(original[:, rows]).float().log_softmax(-1)
             n_rows += len(rows)
-            for index, stream in enumerate(self._streams):
-                found = predict(stream.hidden[probe][:, rows]).float().log_softmax(-1)
-                sums[index] += float((expected.exp() * (expected - found)).sum())
+            for start in range(0, len(self._streams), _AT_A_TIME):
+                streams = self._streams[start : start + _AT_A_TIME]
+                hidden = torch.cat([stream.hidden[probe][:, rows] for stream in streams])
+                found = predict(hidden).float().log_softmax(-1)
+                divergences = (expected.exp() * (expected - found)).sum((1, 2))
+                for index, divergence in enumerate(divergences.tolist()):
+                    sums[start + index] += divergence
         parts: list[dict[float, float]] = [{} for _ in range(self._n_units)]
         for stream, total in zip(self._streams, sums, strict=True):
             parts[stream.unit][stream.ratio] = max(total / max(n_rows, 1), 0.0)
@@ -153,16 +157,24 @@ class _Probes:
             found[linear.path] = solved.weight.dequantize().to(weight.dtype)
         return found
 
-    def outputs(self, weights: Mapping[str, Tensor], hidden: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """The block's outputs on the CPU with these weights in place, for these inputs or the original ones."""
+    def advance(self, streams: Sequence[list[Tensor]]) -> None:
+        """Each stream's hidden states through the block, in place."""
+        for probe, sample in enumerate(self._samples):
+            for start in range(0, len(streams), _AT_A_TIME):
+                some = streams[start : start + _AT_A_TIME]
+                entering = torch.cat([stream[probe] for stream in some])
+                leaving = self._block.forward(sample, entering.to(self.pairs[0][1].device)).cpu()
+                for stream, hidden in zip(some, torch.split(leaving, 1), strict=True):
+                    stream[probe] = hidden
+
+    def outputs(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """The block's outputs on the CPU with these weights in place."""
         originals = {path: self._parameter(path).data for path in weights}
         for path, weight in weights.items():
             self._parameter(path).data = weight
-        entering = [before for before, _ in self.pairs] if hidden is None else hidden
-        device = self.pairs[0][1].device
         found = [
-            self._block.forward(sample, before.to(device)).cpu()
-            for sample, before in zip(self._samples, entering, strict=True)
+            self._block.forward(sample, before).cpu()
+            for sample, (before, _) in zip(self._samples, self.pairs, strict=True)
         ]
         for path, weight in originals.items():
             self._parameter(path).data = weight
