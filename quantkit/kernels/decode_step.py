@@ -7,6 +7,7 @@ for reading. Sums are float32; results have the dtype of the activations.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -77,6 +78,7 @@ def add_norm(residual: Tensor, update: Tensor | None, weight: Tensor, eps: float
             eps,
             HAS_UPDATE=update is not None,
             BLOCK=block,
+            **early_launch(residual.device),
             num_warps=min(16, max(1, block // 512)),
         )
     return out
@@ -90,7 +92,7 @@ def gated(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(len(gate_up), n)
     grid = (len(gate_up), -(-n // _COLUMNS))
     with torch.cuda.device(gate_up.device):
-        _kernels().gated_kernel[grid](gate_up, out, n, COLUMNS=_COLUMNS, num_warps=4)
+        _kernels().gated_kernel[grid](gate_up, out, n, COLUMNS=_COLUMNS, **early_launch(gate_up.device), num_warps=4)
     return out
 
 
@@ -128,9 +130,17 @@ def attend(qkv: Tensor, state: AttentionState) -> Tensor:
             BLOCK=_BLOCK,
             SPLITS=SPLITS,
             WIDE=qkv.dtype == torch.float32,
+            **early_launch(qkv.device),
             num_warps=4,
         )
     return out
+
+
+@cache
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Launch options: programmatic dependent launch, where the device has it (sm_90 and later)."""
+    able = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": able, "launch_pdl": able}
 
 
 def _attend_reference(qkv: Tensor, state: AttentionState, heads: int) -> Tensor:

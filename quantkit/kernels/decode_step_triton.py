@@ -1,4 +1,9 @@
-"""Triton kernels of a decoding step (decode_step.py). Imported on first use: `import quantkit` does not need Triton."""
+"""Triton kernels of a decoding step (decode_step.py). Imported on first use: `import quantkit` does not need Triton.
+
+With PDL (programmatic dependent launch, sm_90 and later) a kernel is scheduled while the one before it still runs, and
+waits inside; it lets the next one be scheduled at once. Every kernel waits before it touches memory, so what a kernel
+sees is finished, however far back it was written.
+"""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
 
@@ -6,11 +11,23 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def add_norm_kernel(residual, update, weight, out, n, eps, HAS_UPDATE: tl.constexpr, BLOCK: tl.constexpr):
+def take_turn(PDL: tl.constexpr):
+    """Let the next kernel be scheduled, and wait for the one before."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def add_norm_kernel(
+    residual, update, weight, out, n, eps, HAS_UPDATE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     """residual += update; out = weight * RMS norm of residual. One program per row of n numbers."""
+    take_turn(PDL)
     columns = tl.arange(0, BLOCK)
     inside = columns < n
     row = tl.program_id(0).to(tl.int64) * n
@@ -26,8 +43,9 @@ def add_norm_kernel(residual, update, weight, out, n, eps, HAS_UPDATE: tl.conste
 
 
 @triton.jit
-def gated_kernel(gate_up, out, n, COLUMNS: tl.constexpr):
+def gated_kernel(gate_up, out, n, COLUMNS: tl.constexpr, PDL: tl.constexpr):
     """out [m, n] = silu(gate) * up of gate_up [m, 2 n]. Grid (m, column tiles)."""
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < n
@@ -50,12 +68,14 @@ def _dot(a, b, WIDE: tl.constexpr):
 def attention_kernel(
     qkv, cos, sin, keys, values, out, partial, counters, length, scale, max_length, GROUP: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Rotary embedding, append and attention of one token. Grid (kv heads, SPLITS).
 
     A program takes its share of the cached tokens and of the new one, which it reads from qkv: nobody waits for the
     program that appends it. The last program of a head merges the shares, all read at once.
     """
+    take_turn(PDL)
     head = tl.program_id(0)
     split = tl.program_id(1)
     n_heads = tl.num_programs(0)

@@ -7,6 +7,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from quantkit.kernels.decode_step import early_launch
 from quantkit.kernels.planar_matmul import triton_kernels
 
 _COLUMNS = 512  # of one program
@@ -61,6 +62,7 @@ def _launch(values: Tensor, index: Tensor, scales: Tensor | None, more: Tensor |
             HAS_SCALES=scales is not None,
             HAS_BIAS=bias is not None,
             COLUMNS=_COLUMNS,
+            **early_launch(values.device),
             num_warps=4,
         )
     return out

@@ -7,13 +7,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantkit.kernels.decode_step_triton import take_turn
+
 
 @triton.jit
 def gather_kernel(
     values, more, index, scales, bias, out, n, HAS_MORE: tl.constexpr, HAS_SCALES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[j] = (values[index[j]] + more[index[j]]) * scales[j] + bias[j]; 0 for values at negative indices."""
+    take_turn(PDL)
     place = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = place < n
     source = tl.load(index + place, mask=inside, other=-1)

@@ -33,7 +33,7 @@ def test_add_norm(n, update, dtype):
     expected_x = x.clone()
     expected = add_norm(expected_x, delta if update else None, weight, 1e-5)
     (held, kept), (out, out_kept) = inside_guards(x), inside_guards(torch.full_like(x, float("nan")))
-    add_norm_kernel[(3,)](held, delta, weight, out, n, 1e-5, HAS_UPDATE=update, BLOCK=128)
+    add_norm_kernel[(3,)](held, delta, weight, out, n, 1e-5, HAS_UPDATE=update, BLOCK=128, PDL=False)
     assert kept()
     assert out_kept()
     tolerance = ROUNDING[dtype]
@@ -46,7 +46,7 @@ def test_add_norm(n, update, dtype):
 def test_gated(n, dtype):
     x = 3 * random(2, 2 * n, dtype=dtype)
     out, kept = inside_guards(torch.full((2, n), float("nan"), dtype=dtype))
-    gated_kernel[(2, 2)](x, out, n, COLUMNS=64)
+    gated_kernel[(2, 2)](x, out, n, COLUMNS=64, PDL=False)
     assert kept()
     torch.testing.assert_close(out, gated(x), rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
 
@@ -78,7 +78,7 @@ def test_attention(position, group, dtype):
     out, out_kept = inside_guards(torch.full_like(expected, float("nan")))
     attention_kernel[(kv_heads, SPLITS)](
         qkv, angle.cos(), angle.sin(), keys, values, out, partial, counters, length, head_dim**-0.5, max_length,
-        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=4, SPLITS=SPLITS, WIDE=True,
+        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=4, SPLITS=SPLITS, WIDE=True, PDL=False,
     )  # fmt: skip
     assert keys_kept()
     assert values_kept()
@@ -99,7 +99,7 @@ def test_gather(options, dtype):
     out, kept = inside_guards(torch.full((2, 45), float("nan"), dtype=dtype))
     gather_kernel[(2,)](
         values, given.get("more"), index, given.get("scales"), given.get("bias"), out, 90, HAS_MORE="more" in options,
-        HAS_SCALES="scales" in options, HAS_BIAS="bias" in options, COLUMNS=64,
+        HAS_SCALES="scales" in options, HAS_BIAS="bias" in options, COLUMNS=64, PDL=False,
     )  # fmt: skip
     assert kept()
     torch.testing.assert_close(out, gather(values, index, **given), rtol=ROUNDING[dtype], atol=ROUNDING[dtype])

@@ -15,6 +15,8 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton was imported as interpreter"),
 ]
 
+EARLY = {"PDL": True, "launch_pdl": True}
+
 
 def check(compile_kernel, kernel, grid, arguments, **constants):
     metadata, sass, resources = compile_kernel(kernel, grid, arguments, **constants)
@@ -34,10 +36,12 @@ def test_attention(compile_for_sm90, group, head_dim, dtype):
     values = (cache, table, table, cache, cache, cache, numbers, integers, integers, 0.1, 1024)
     sass = check(
         compile_for_sm90, attention_kernel, (8, SPLITS), dict(zip(names, values, strict=True)),
-        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=32, SPLITS=SPLITS, WIDE=False, num_warps=4,
+        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=32, SPLITS=SPLITS, WIDE=False, num_warps=4, **EARLY,
     )  # fmt: skip
     assert re.search(r"\bHG?MMA\.", sass)
     assert re.search(r"LDG\S*\.128", sass)
+    assert "ACQBULK" in sass  # waits for the kernel before
+    assert "PREEXIT" in sass  # and lets the next one start
 
 
 @pytest.mark.parametrize("update", [True, False])
@@ -46,10 +50,10 @@ def test_add_norm_and_gated(compile_for_sm90, update):
 
     x = torch.zeros(1, 8192, dtype=torch.bfloat16)
     norm = {"residual": x, "update": x, "weight": x, "out": x, "n": 4096, "eps": 1e-5}
-    sass = check(compile_for_sm90, add_norm_kernel, (1,), norm, HAS_UPDATE=update, BLOCK=4096, num_warps=8)
+    sass = check(compile_for_sm90, add_norm_kernel, (1,), norm, HAS_UPDATE=update, BLOCK=4096, num_warps=8, **EARLY)
     assert "LDG.E.128" in sass
     gate = {"gate_up": x, "out": x, "n": 4096}
-    assert "LDG" in check(compile_for_sm90, gated_kernel, (1, 4), gate, COLUMNS=1024, num_warps=4)
+    assert "LDG" in check(compile_for_sm90, gated_kernel, (1, 4), gate, COLUMNS=1024, num_warps=4, **EARLY)
 
 
 def test_probes(compile_for_sm90):
@@ -67,5 +71,5 @@ def test_gather(compile_for_sm90, every):
 
     x, index, numbers = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int32), torch.zeros(64)
     given = {"values": x, "more": x, "index": index, "scales": numbers, "bias": x, "out": x, "n": 1 << 16}
-    options = {"HAS_MORE": every, "HAS_SCALES": every, "HAS_BIAS": every, "COLUMNS": 512, "num_warps": 4}
+    options = {"HAS_MORE": every, "HAS_SCALES": every, "HAS_BIAS": every, "COLUMNS": 512, "num_warps": 4, **EARLY}
     check(compile_for_sm90, gather_kernel, (1,), given, **options)
