@@ -54,18 +54,24 @@ def training_memory(skeleton: Skeleton, recipe: Recipe, seq_len: int) -> int:
     weights = sum(int(parameter.numel()) for parameter in skeleton.model.parameters())
     kept = 3 * sum(item.in_features + item.out_features for item in linears)  # inputs, products, scaled products
     vocabulary: int = skeleton.config.get_text_config(decoder=True).vocab_size
-    return 4 * (weights + 4 * _n_latents(linears, recipe) + recipe.batch * seq_len * (kept + 6 * vocabulary))
+    trained = _n_latents(linears, recipe) + _n_rest(skeleton, recipe)
+    return 4 * (weights + 4 * trained + recipe.batch * seq_len * (kept + 6 * vocabulary))
 
 
 def training_scratch(skeleton: Skeleton, recipe: Recipe) -> int:
     """Bytes on disk: the best parameters, and a checkpoint with moments twice while it is replaced."""
-    return 28 * _n_latents([linear for block in skeleton.blocks for linear in block.linears], recipe)
+    linears = [linear for block in skeleton.blocks for linear in block.linears]
+    return 28 * (_n_latents(linears, recipe) + _n_rest(skeleton, recipe))
 
 
 def _n_latents(linears: Sequence[Linear], recipe: Recipe) -> int:
     ranks = ranks_of(linears, recipe)
     totals = {name: rank.rank * rank.n_paths for name, rank in ranks.items()}
     return sum(totals[linear.name] * (linear.in_features + linear.out_features) for linear in linears)
+
+
+def _n_rest(skeleton: Skeleton, recipe: Recipe) -> int:
+    return sum(parameter.numel() for parameter in rest_of(skeleton.model, recipe.also_train))
 
 
 def training_multiplications(skeleton: Skeleton, recipe: Recipe, seq_len: int) -> float:

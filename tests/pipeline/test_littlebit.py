@@ -140,6 +140,11 @@ def test_the_plan_of_a_training_counts_its_memory_disk_and_time(llama: Path, tex
     n_signs = sum(sum(spec.ranks) * (spec.in_features + spec.out_features) for _, spec in plain.modules)
     assert small.scratch_bytes - plain.scratch_bytes == 28 * n_signs
     assert large.seconds > small.seconds > plain.seconds
+    more = dry_run(request(llama, tmp_path / "out", text, "refine=qat", "batch=1", "steps=2000", "also_train=all"))
+    model = dense_model(llama, {})
+    n_rest = sum(part.numel() for name, part in model.named_parameters() if "proj" not in name)
+    assert more.scratch_bytes - small.scratch_bytes == 28 * n_rest
+    assert more.peak_memory_bytes - small.peak_memory_bytes == 16 * n_rest
     assert small.output_bytes == plain.output_bytes
 
 
