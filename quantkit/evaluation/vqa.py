@@ -122,11 +122,19 @@ def evaluate_vqa(
         exact_match=n_right / len(questions),
         n=len(questions),
         protocol=f"{name}: exact match of {len(questions)} greedy answers of at most {max_new_tokens} tokens"
-        f"{f', KV cache {kv}' if kv else ''}; prompt {prompt.description}",
+        f"{_too_long(processor, questions, max_new_tokens)}{f', KV cache {kv}' if kv else ''}; prompt {prompt.description}",
         kl_mean=math.fsum(kls) / len(kls) if kls else None,
         kv=kv,
         kv_bytes_per_token=cached.bytes_per_token,
     )
+
+
+def _too_long(processor: Any, questions: Sequence[Question], max_new_tokens: int) -> str:
+    """How many true answers no answer of that length can equal, as a part of the protocol line."""
+    texts = [f" {str(item.answer).strip()}" for item in questions]
+    lengths = [len(ids) for ids in processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    n_longer = sum(length > max_new_tokens for length in lengths)
+    return f" ({n_longer} true answers are longer and count as wrong)" if n_longer else ""
 
 
 class _Cached:

@@ -65,6 +65,19 @@ def test_exact_match_counts_the_models_own_answers(tmp_path: Path) -> None:
         assert (result.exact_match, result.n, result.kl_mean) == (0.5, 6, None)
 
 
+def test_answers_that_are_too_long_are_counted(tmp_path: Path) -> None:
+    """The tests' tokenizer makes one token of a byte, the space before an answer included."""
+    model, pictures = build_vision("llava"), picture_folder(tmp_path, n_pictures=1)
+    pairs = [{"question": "what?", "answer": answer} for answer in ("abc", "abcd", "abcdefg")]
+    write_metadata(pictures, [{"file_name": "0.png", "qa": pairs}])
+    said = []
+    for limit in (8, 4):
+        questions = read_answered(str(pictures))
+        said.append(evaluate_vqa(model, tiny_processor("llava"), questions, name="p", max_new_tokens=limit).protocol)
+    assert "longer" not in said[0]
+    assert "at most 4 tokens (2 true answers are longer and count as wrong); prompt" in said[1]
+
+
 def test_distance_by_hand(tmp_path: Path) -> None:
     """Mean over all answer tokens of sum p (log p - log q), each sample on its own."""
     ours, theirs = build_vision("llava"), build_vision("llava", seed=1)
