@@ -122,7 +122,8 @@ def evaluate_vqa(
         exact_match=n_right / len(questions),
         n=len(questions),
         protocol=f"{name}: exact match of {len(questions)} greedy answers of at most {max_new_tokens} tokens"
-        f"{_too_long(processor, questions, max_new_tokens)}{f', KV cache {kv}' if kv else ''}; prompt {prompt.description}",
+        f"{_too_long(processor, questions, max_new_tokens)}"
+        f"{f', KV cache {kv}' if kv else ''}; prompt {prompt.description}",
         kl_mean=math.fsum(kls) / len(kls) if kls else None,
         kv=kv,
         kv_bytes_per_token=cached.bytes_per_token,
