@@ -1,11 +1,10 @@
 """Linears of the sign formats that read the same activations: their rows below one another, for one token at a time.
 
 Siblings differ in what they do to the activations: scales of columns, which columns are salient. So each has its own
-copy of the token, and one product takes all copies as if they were several tokens: the tensor core has columns to
-spare. Of the result, every row is kept for its own copy only.
+copy of the token, and a row of the stack multiplies the copy of its own sibling (`OwnRows`).
 
-    sign_salient   copies -> signs and integers -> of both, the rows of each copy, added
-    sign_factors   copies, one per path -> V -> the latents of each path, scaled -> U -> the rows of each copy
+    sign_salient   copies -> signs -> integers, added to what the signs gave
+    sign_factors   copies, one per path -> V -> latents, scaled -> U
 
 Several tokens (a prompt) are multiplied sibling by sibling, each with its own rows of the stack.
 """
@@ -13,7 +12,6 @@ Several tokens (a prompt) are multiplied sibling by sibling, each with its own r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -23,191 +21,236 @@ from torch.nn.functional import linear, pad
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.packing import pack_bits, unpack_bits
 from quantkit.formats.sign_factors import SignFactorsSpec
-from quantkit.formats.sign_salient import SALIENT, SignSalientSpec
-from quantkit.formats.spec import with_prefix, without_prefix
+from quantkit.formats.sign_salient import SignSalientSpec, salient_mask
 from quantkit.kernels import grouped_int
 from quantkit.kernels.gather import gather
 from quantkit.kernels.planar import to_planar
 from quantkit.kernels.planar_matmul import dequantize_rows
-from quantkit.kernels.sign_planar import binary_part, binary_spec, has_planar_form, salient_to_planar, sign_spec
+from quantkit.kernels.sign_planar import has_planar_form, sign_spec
 
-_RANKS = 64  # latents of a path are padded to a multiple
+_COLUMNS = 128  # columns and latents are padded to a multiple: two planes of the kernels
+_FLAT = 2.0**-15  # a scale below this share of its row's mean is dropped: in units of the scale the mean is no float16
+
+
+class OwnRows(nn.Module):
+    """A stacked `grouped_int` weight and copies of a token: every part of the rows times its own copy.
+
+    Args:
+        spec, stored: the weight ``[rows, in]``; held in the planar form.
+        sizes: rows of each part, in all as many as the weight has.
+    """
+
+    kept: Tensor
+
+    def __init__(self, spec: GroupedIntSpec, stored: dict[str, Tensor], sizes: Sequence[int]) -> None:
+        super().__init__()
+        assert sum(sizes) == spec.out_features
+        self.spec, self.names = spec, []
+        for name, tensor in to_planar(spec, stored).items():
+            self.register_buffer(name, tensor, persistent=False)
+            self.names.append(name)
+        ends = torch.tensor(sizes).cumsum(0)
+        self.bounds: list[tuple[int, int]] = list(
+            zip((ends - torch.tensor(sizes)).tolist(), ends.tolist(), strict=True)
+        )
+        kept = torch.cat([torch.arange(*bounds) + copy * spec.out_features for copy, bounds in enumerate(self.bounds)])
+        self.register_buffer("kept", kept.to(torch.int32).to(stored["scales"].device)[None], persistent=False)
+
+    def tensors(self) -> dict[str, Tensor]:
+        buffers = self._buffers
+        return {name: cast(Tensor, buffers[name]) for name in self.names}
+
+    def forward(self, copies: Tensor, bias: Tensor | None) -> Tensor:
+        """``[parts, in]`` to ``[1, rows]``; ``bias`` is ``[rows]``."""
+        if len(self.bounds) == 1:
+            return grouped_int.matmul(copies, self.spec, self.tensors(), bias)
+        every = grouped_int.matmul(copies, self.spec, self.tensors())
+        return gather(every, self.kept, bias=None if bias is None else bias[None])
+
+    def part(self, x: Tensor, number: int) -> Tensor:
+        """``[m, in]`` times the rows of one part, which on a GPU are decoded for it."""
+        first, last = self.bounds[number]
+        if not x.is_cuda:
+            return grouped_int.matmul(x, self.spec, self.tensors())[:, first:last]
+        return linear(x, dequantize_rows(self.spec, self.tensors(), first, last, x.dtype))
 
 
 class SignStack(nn.Module):
-    """What both formats share: rows of the siblings, and which of a product's results they keep."""
+    """What both formats share: copies of a token, and a prompt sibling by sibling."""
 
-    kept: Tensor
     bias: Tensor | None
     order: Tensor
     scales: Tensor
 
-    def __init__(self, linears: Sequence[Any], bias: Tensor | None) -> None:
+    def __init__(self, sizes: Sequence[int], order: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        sizes = [each.spec.out_features for each in linears]
-        self.ends = torch.tensor(sizes).cumsum(0).tolist()
-        self.starts = [end - size for end, size in zip(self.ends, sizes, strict=True)]
-        own = [start + copy * self.ends[-1] for copy, start in enumerate(self.starts)]
-        kept = torch.cat([torch.arange(first, first + size) for first, size in zip(own, sizes, strict=True)])
-        self.register_buffer("kept", kept.to(torch.int32).to(linears[0].weight.device)[None])
+        self.sizes = list(sizes)
+        self.register_buffer("order", order.contiguous(), persistent=False)  # int32, -1: zero
+        self.register_buffer("scales", scales.contiguous(), persistent=False)  # float32
         self.register_buffer("bias", bias)
 
-    def hold(self, prefix: str, tensors: dict[str, Tensor]) -> None:
-        """Buffers of one product."""
-        for name, tensor in with_prefix(prefix, tensors).items():
-            self.register_buffer(name, tensor, persistent=False)
+    def forward(self, x: Tensor) -> Tensor:
+        """``[m, in]`` to the results of all siblings side by side, ``[m, rows]``."""
+        if len(x) == 1:
+            return self.one(gather(x, self.order, scales=self.scales))
+        out = torch.cat([self.several(pad(x, (0, 1)), sibling) for sibling in range(len(self.sizes))], 1)
+        return out if self.bias is None else out + self.bias
 
-    def held(self, prefix: str) -> dict[str, Tensor]:
-        return without_prefix(prefix, cast(dict[str, Tensor], self._buffers))
+    def one(self, copies: Tensor) -> Tensor:
+        raise NotImplementedError
 
-    def bias_of(self, copy: int) -> Tensor | None:
-        return None if self.bias is None else self.bias[self.starts[copy] : self.ends[copy]]
+    def several(self, padded: Tensor, sibling: int) -> Tensor:
+        """Tokens ``[m, in + 1]``, the last column zero."""
+        raise NotImplementedError
 
 
-def rows_product(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], first: int, last: int) -> Tensor:
-    """x by rows first .. last - 1 of a planar weight, which on a GPU are decoded for it."""
-    if not x.is_cuda:
-        return grouped_int.matmul(x, spec, tensors)[:, first:last]
-    return linear(x, dequantize_rows(spec, tensors, first, last, x.dtype))
+def columns_of(padded: Tensor, order: Tensor, scales: Tensor) -> Tensor:
+    """Columns of several tokens in the order and scale of one copy."""
+    return (padded[:, order.long()].float() * scales).to(padded.dtype)
 
 
 class SalientStack(SignStack):
-    """`sign_salient` siblings with equally many salient columns, stored alike."""
+    """`sign_salient` siblings with equally many salient columns, stored alike. ``salient``: stored tensors, stacked."""
 
-    def __init__(self, linears: Sequence[Any], stacked: dict[str, Tensor], bias: Tensor | None) -> None:
-        super().__init__(linears, bias)
-        first: SignSalientSpec = linears[0].spec
-        rows = self.ends[-1]
-        salient = replace(first.salient, out_features=rows) if first.salient else None
-        spec = replace(first, out_features=rows, salient=salient)
-        planar = salient_to_planar(spec, stacked)
-        means = {"planar_zeros": planar["sign_zeros"]} if spec.row_means else {}
-        self.binary, self.salient = replace(binary_spec(spec), symmetric=not spec.row_means), salient
-        self.hold("signs_", binary_part(planar) | means)
-        self.hold("integers_", without_prefix(SALIENT, planar) if salient else {})
-        each = [salient_to_planar(linear.spec, linear.stored_tensors()) for linear in linears]
-        order = torch.stack([tensors["x_order"] for tensors in each])
-        n = self.binary.in_features
-        order[order == first.in_features] = -1
-        scales = torch.stack([tensors["x_scales"] for tensors in each])
-        # of all copies first the columns with signs, then the salient ones: one gather, two contiguous parts
-        self.parts = [len(order), n], [len(order), order.shape[1] - n]
-        for name, table in (("order", order), ("scales", scales)):
-            flat = torch.cat([table[:, :n].flatten(), table[:, n:].flatten()])
-            self.register_buffer(name, flat, persistent=False)
+    def __init__(self, linears: Sequence[Any], salient: dict[str, Tensor], bias: Tensor | None) -> None:
+        specs: list[SignSalientSpec] = [each.spec for each in linears]
+        stored = [each.stored_tensors() for each in linears]
+        sizes, device = [spec.out_features for spec in specs], stored[0]["signs"].device
+        n = -(-specs[0].n_binary // _COLUMNS) * _COLUMNS
+        order = torch.full((len(specs), n + specs[0].n_salient), -1, dtype=torch.int32, device=device)
+        scales = torch.ones(order.shape, device=device)
+        for copy, (spec, tensors) in enumerate(zip(specs, stored, strict=True)):
+            mask = salient_mask(spec, tensors)
+            if mask is None:
+                mask = torch.zeros(spec.in_features, dtype=torch.bool, device=device)
+            order[copy, : spec.n_binary] = (~mask).nonzero()[:, 0].to(torch.int32)
+            order[copy, n:] = mask.nonzero()[:, 0].to(torch.int32)
+            if spec.column_scales:
+                scales[copy, : spec.n_binary] = tensors["column_scales"].float()
+        # first the columns with signs of all copies, then the salient ones: one gather, two contiguous parts
+        split = [torch.cat([table[:, :n].flatten(), table[:, n:].flatten()]) for table in (order, scales)]
+        super().__init__(sizes, split[0], split[1], bias)
+        self.shapes = (len(specs), n), (len(specs), specs[0].n_salient)
+        self.signs = OwnRows(*_one_bit(specs, stored, n), sizes)
+        self.integers = OwnRows(_stacked(specs), salient, sizes) if salient else None
 
     @staticmethod
     def fits(specs: Sequence[SignSalientSpec]) -> bool:
         """Whether siblings can be stacked."""
-        shapes = {replace(spec, out_features=1, salient=None) for spec in specs}
-        parts = {replace(spec.salient, out_features=1) if spec.salient else None for spec in specs}
-        return len(shapes) == len(parts) == 1 and has_planar_form(specs[0])
+        alike = {(each.in_features, each.row_means, each.column_scales, each.n_salient) for each in specs}
+        parts = {(each.salient.segments, each.salient.symmetric) if each.salient else None for each in specs}
+        return len(alike) == len(parts) == 1 and has_planar_form(specs[0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[m, in]`` to the results of all siblings side by side, ``[m, rows]``."""
-        if len(x) > 1:
-            return torch.cat([self._own(x, copy) for copy in range(len(self.starts))], 1)
-        copies = gather(x, self.order, scales=self.scales)
+    def one(self, copies: Tensor) -> Tensor:
         signed, salient = self._split(copies)
-        if len(self.starts) == 1:  # the bias of the second product is what the first one gave
-            binary = grouped_int.matmul(signed, self.binary, self.held("signs_"), self.bias)
-            if self.salient is None:
-                return binary
-            return grouped_int.matmul(salient, self.salient, self.held("integers_"), binary[0])
-        binary = grouped_int.matmul(signed, self.binary, self.held("signs_"))
-        more = grouped_int.matmul(salient, self.salient, self.held("integers_")) if self.salient else None
-        return gather(binary, self.kept, more=more, bias=None if self.bias is None else self.bias[None])
+        out: Tensor = self.signs(signed, self.bias)
+        return out if self.integers is None else cast(Tensor, self.integers(salient, out[0]))
+
+    def several(self, padded: Tensor, sibling: int) -> Tensor:
+        orders, scales = self._split(self.order), self._split(self.scales)
+        signed, salient = (columns_of(padded, a[sibling], b[sibling]) for a, b in zip(orders, scales, strict=True))
+        out = self.signs.part(signed, sibling)
+        return out if self.integers is None else out + self.integers.part(salient, sibling)
 
     def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        signed, salient = self.parts
+        signed, salient = self.shapes
         size = signed[0] * signed[1]
         return flat[:size].view(signed), flat[size:].view(salient)
 
-    def _own(self, x: Tensor, copy: int) -> Tensor:
-        """Several tokens by the rows of one sibling."""
-        rows = self.starts[copy], self.ends[copy]
-        (signed, salient), (scales, _) = self._split(self.order), self._split(self.scales)
-        padded = pad(x, (0, 1))  # column -1 is zero
-        own = (padded[:, signed[copy].long()].float() * scales[copy]).to(x.dtype)
-        out = rows_product(own, self.binary, self.held("signs_"), *rows)
-        if self.salient:
-            out = out + rows_product(padded[:, salient[copy].long()], self.salient, self.held("integers_"), *rows)
-        bias = self.bias_of(copy)
-        return out if bias is None else out + bias
+
+def _stacked(specs: Sequence[SignSalientSpec]) -> GroupedIntSpec:
+    part = specs[0].salient
+    assert part is not None
+    return GroupedIntSpec(
+        out_features=sum(spec.out_features for spec in specs),
+        in_features=part.in_features,
+        group_size=part.group_size,
+        segments=part.segments,
+        symmetric=part.symmetric,
+    )
+
+
+def _one_bit(
+    specs: Sequence[SignSalientSpec], stored: Sequence[dict[str, Tensor]], columns: int
+) -> tuple[GroupedIntSpec, dict[str, Tensor]]:
+    """Signs, scales and means of all rows as a one-bit weight with one group per row: alpha (2 c - 1) + mu."""
+    bits = torch.cat([unpack_bits(tensors["signs"], 1, specs[0].n_binary) for tensors in stored])
+    alpha = torch.cat([tensors["row_scales"].float() for tensors in stored])
+    spec = sign_spec(len(bits), columns)
+    if not specs[0].row_means:
+        codes = pack_bits(pad(bits, (0, columns - bits.shape[1])), 1)
+        return spec, {"codes_1b": codes, "scales": (2 * alpha).half()[:, None]}
+    mu = torch.cat([tensors["row_means"].float() for tensors in stored])
+    flat = alpha.abs() <= _FLAT * mu.abs()
+    bits[flat] = 0
+    scales = torch.where(flat, 1.0, 2 * alpha)
+    zeros = torch.where(flat, -mu, (alpha - mu) / scales)
+    spec = GroupedIntSpec(
+        out_features=len(bits), in_features=columns, group_size=columns, segments=((1, 1),), symmetric=False
+    )
+    codes = pack_bits(pad(bits, (0, columns - bits.shape[1])), 1)
+    return spec, {"codes_1b": codes, "scales": scales.half()[:, None], "zeros_1b": zeros.half()[:, None]}
 
 
 class FactorStack(SignStack):
     """`sign_factors` siblings with equally many paths; every path is given as many latents as the largest has."""
 
-    own: Tensor
+    latents: Tensor
     latent_scales: Tensor
 
     def __init__(self, linears: Sequence[Any], bias: Tensor | None) -> None:
-        super().__init__(linears, bias)
-        specs: list[SignFactorsSpec] = [linear.spec for linear in linears]
-        stored = [linear.stored_tensors() for linear in linears]
-        self.paths = len(specs[0].ranks)
-        self.span = -(-max(rank for spec in specs for rank in spec.ranks) // _RANKS) * _RANKS
-        columns = -(-specs[0].in_features // _RANKS) * _RANKS
-        copies, latents = len(specs) * self.paths, self.paths * self.span
-        self.v = sign_spec(copies * self.span, columns)
-        self.u = sign_spec(self.ends[-1], latents, self.paths)
-        v_codes = torch.cat([self._v_codes(*pair, columns) for pair in zip(specs, stored, strict=True)])
-        u_codes = torch.cat([self._u_codes(*pair) for pair in zip(specs, stored, strict=True)])
-        u_scales = torch.cat([2 * tensors["row_scales"].float().t() for tensors in stored])
+        specs: list[SignFactorsSpec] = [each.spec for each in linears]
+        stored = [each.stored_tensors() for each in linears]
+        pairs = list(zip(specs, stored, strict=True))
+        sizes, device = [spec.out_features for spec in specs], stored[0]["v_signs"].device
+        n, n_paths = specs[0].in_features, len(specs[0].ranks)
+        span = -(-max(rank for spec in specs for rank in spec.ranks) // _COLUMNS) * _COLUMNS
+        missing = -n % _COLUMNS
+        copies = len(specs) * n_paths
+        order = pad(torch.arange(n, dtype=torch.int32, device=device), (0, missing), value=-1).repeat(copies, 1)
+        scales = pad(torch.cat([tensors["column_scales"].float() for tensors in stored]), (0, missing))
+        super().__init__(sizes, order, scales, bias)
+        self.paths = n_paths
+        v_codes = torch.cat([_v_codes(spec, tensors, span, missing) for spec, tensors in pairs])
+        u_codes = torch.cat([_u_codes(spec, tensors, span) for spec, tensors in pairs])
+        u_scales = torch.cat([2 * tensors["row_scales"].float().t() for tensors in stored]).half()
         twice = u_scales.new_full((len(v_codes), 1), 2.0)
-        self.hold("v_", to_planar(self.v, {"codes_1b": v_codes, "scales": twice}))
-        self.hold("u_", to_planar(self.u, {"codes_1b": u_codes, "scales": u_scales}))
-        device = v_codes.device
-        missing = columns - specs[0].in_features
-        order = pad(torch.arange(specs[0].in_features, dtype=torch.int32, device=device), (0, missing), value=-1)
-        scales = torch.cat([tensors["column_scales"].float() for tensors in stored])
-        own = torch.arange(copies, device=device)[:, None] * (len(v_codes) + self.span)
-        own = own + torch.arange(self.span, device=device)
+        v, u = sign_spec(len(v_codes), n + missing), sign_spec(len(u_codes), self.paths * span, self.paths)
+        self.v = OwnRows(v, {"codes_1b": v_codes, "scales": twice}, [span] * copies)
+        self.u = OwnRows(u, {"codes_1b": u_codes, "scales": u_scales}, sizes)
         parts = [
-            pad(part, (0, self.span - len(part)))
-            for spec, tensors in zip(specs, stored, strict=True)
+            pad(part, (0, span - len(part)))
+            for spec, tensors in pairs
             for part in torch.split(tensors["latent_scales"].float(), list(spec.ranks))
         ]
-        self.register_buffer("order", order.repeat(copies, 1), persistent=False)
-        self.register_buffer("scales", pad(scales, (0, missing)).contiguous(), persistent=False)
-        self.register_buffer("own", own.view(len(specs), latents).to(torch.int32), persistent=False)
-        self.register_buffer("latent_scales", torch.cat(parts).view(len(specs), latents), persistent=False)
+        shape = (len(specs), self.paths * span)
+        places = torch.arange(copies * span, dtype=torch.int32, device=device)
+        self.register_buffer("latents", places.view(shape), persistent=False)
+        self.register_buffer("latent_scales", torch.cat(parts).view(shape), persistent=False)
 
     @staticmethod
     def fits(specs: Sequence[SignFactorsSpec]) -> bool:
-        """Whether siblings can be stacked; copies beyond 8 would be a second tile of the tensor core."""
-        return len({len(spec.ranks) for spec in specs}) == 1 and len(specs) * len(specs[0].ranks) <= 8
+        """Whether siblings can be stacked."""
+        return len({(spec.in_features, len(spec.ranks)) for spec in specs}) == 1
 
-    def _v_codes(self, spec: SignFactorsSpec, tensors: dict[str, Tensor], columns: int) -> Tensor:
-        bits = unpack_bits(tensors["v_signs"], 1, spec.in_features)
-        rows = [pad(part, (0, 0, 0, self.span - len(part))) for part in torch.split(bits, list(spec.ranks))]
-        return pack_bits(pad(torch.cat(rows), (0, columns - spec.in_features)), 1)
+    def one(self, copies: Tensor) -> Tensor:
+        scaled = gather(self.v(copies, None), self.latents, scales=self.latent_scales)
+        return cast(Tensor, self.u(scaled, self.bias))
 
-    def _u_codes(self, spec: SignFactorsSpec, tensors: dict[str, Tensor]) -> Tensor:
-        bits = unpack_bits(tensors["u_signs"], 1, spec.total_rank)
-        parts = [pad(part, (0, self.span - part.shape[1])) for part in torch.split(bits, list(spec.ranks), dim=1)]
-        return pack_bits(torch.cat(parts, 1), 1)
+    def several(self, padded: Tensor, sibling: int) -> Tensor:
+        own = range(sibling * self.paths, (sibling + 1) * self.paths)
+        latents = [self.v.part(columns_of(padded, self.order[path], self.scales[path]), path) for path in own]
+        scaled = (torch.cat(latents, 1).float() * self.latent_scales[sibling]).to(padded.dtype)
+        return self.u.part(scaled, sibling)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[m, in]`` to the results of all siblings side by side, ``[m, rows]``."""
-        if len(x) > 1:
-            return torch.cat([self._own(x, copy) for copy in range(len(self.starts))], 1)
-        latents = grouped_int.matmul(gather(x, self.order, scales=self.scales), self.v, self.held("v_"))
-        scaled = gather(latents, self.own, scales=self.latent_scales)
-        if len(self.starts) == 1:
-            return grouped_int.matmul(scaled, self.u, self.held("u_"), self.bias)
-        product = grouped_int.matmul(scaled, self.u, self.held("u_"))
-        return gather(product, self.kept, bias=None if self.bias is None else self.bias[None])
 
-    def _own(self, x: Tensor, copy: int) -> Tensor:
-        """Several tokens by the factors of one sibling."""
-        padded = pad(x, (0, self.v.in_features - x.shape[1])).float()
-        latents = []
-        for path in range(copy * self.paths, (copy + 1) * self.paths):
-            scaled = (padded * self.scales[path]).to(x.dtype)
-            latents.append(rows_product(scaled, self.v, self.held("v_"), path * self.span, (path + 1) * self.span))
-        scaled = (torch.cat(latents, 1).float() * self.latent_scales[copy]).to(x.dtype)
-        out = rows_product(scaled, self.u, self.held("u_"), self.starts[copy], self.ends[copy])
-        bias = self.bias_of(copy)
-        return out if bias is None else out + bias
+def _v_codes(spec: SignFactorsSpec, tensors: dict[str, Tensor], span: int, missing: int) -> Tensor:
+    bits = unpack_bits(tensors["v_signs"], 1, spec.in_features)
+    rows = [pad(part, (0, missing, 0, span - len(part))) for part in torch.split(bits, list(spec.ranks))]
+    return pack_bits(torch.cat(rows), 1)
+
+
+def _u_codes(spec: SignFactorsSpec, tensors: dict[str, Tensor], span: int) -> Tensor:
+    bits = unpack_bits(tensors["u_signs"], 1, spec.total_rank)
+    parts = [pad(part, (0, span - part.shape[1])) for part in torch.split(bits, list(spec.ranks), dim=1)]
+    return pack_bits(torch.cat(parts, 1), 1)

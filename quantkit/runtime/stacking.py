@@ -19,7 +19,6 @@ from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.packing import pack_bits, unpack_bits
 from quantkit.formats.sign_factors import SignFactorsSpec
 from quantkit.formats.sign_salient import SALIENT, SignSalientSpec
-from quantkit.formats.spec import with_prefix
 from quantkit.runtime.packed_linear import PackedLinear
 from quantkit.runtime.sign_stacks import FactorStack, SalientStack
 
@@ -78,7 +77,8 @@ def _stack_packed(linears: Sequence[Any]) -> nn.Module | None:
     """None where the weights cannot be one."""
     specs = [linear.spec for linear in linears]
     if all(isinstance(spec, SignSalientSpec) for spec in specs) and SalientStack.fits(specs):
-        return SalientStack(linears, _stack_salient(specs, [each.stored_tensors() for each in linears]), _bias(linears))
+        integers = _salient_rows(specs, [each.stored_tensors() for each in linears])
+        return SalientStack(linears, integers, _bias(linears))
     if all(isinstance(spec, SignFactorsSpec) for spec in specs) and FactorStack.fits(specs):
         return FactorStack(linears, _bias(linears))
     if not all(isinstance(spec, GroupedIntSpec) for spec in specs):
@@ -120,18 +120,13 @@ def stack_tensors(specs: Sequence[GroupedIntSpec], tensors: Sequence[dict[str, T
     return stacked
 
 
-def _stack_salient(specs: Sequence[SignSalientSpec], tensors: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Signs, scales, means and integers of all rows; what belongs to columns is that of the first."""
-    by_row = ("signs", "row_scales", "row_means")
-    stacked = {
-        name: torch.cat([each[name] for each in tensors]) if name in by_row else tensors[0][name] for name in tensors[0]
-    }
+def _salient_rows(specs: Sequence[SignSalientSpec], tensors: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stored tensors of the integers of all rows; none without salient columns."""
     parts = [spec.salient for spec in specs if spec.salient]
-    if parts:
-        names = parts[0].tensor_layout()
-        own = [{name: each[SALIENT + name] for name in names} for each in tensors]
-        stacked |= with_prefix(SALIENT, stack_tensors(parts, own))
-    return {name: stacked[name] for name in specs[0].tensor_layout()}
+    if not parts:
+        return {}
+    names = parts[0].tensor_layout()
+    return stack_tensors(parts, [{name: each[SALIENT + name] for name in names} for each in tensors])
 
 
 def _bias(linears: Sequence[Any]) -> nn.Parameter | None:
