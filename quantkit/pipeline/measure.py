@@ -114,6 +114,14 @@ class Propagation:
         return [losses[choice.keep_ratio, choice.bits] for choice in self._choices]
 
 
+def stream_bytes(recipe: Recipe, n_blocks: int, n_samples: int, seq_len: int, hidden_size: int) -> int:
+    """Held in memory while losses are measured; 0 under other allocators."""
+    if recipe.allocator != "casp":
+        return 0
+    n_changes = 1 + (len(recipe.factor_ratios) if recipe.factorizes else 0)
+    return 4 * n_blocks * n_changes * min(N_PROBES, n_samples) * seq_len * hidden_size
+
+
 def probe_samples(n_samples: int) -> list[int]:
     """Evenly spaced."""
     n = min(N_PROBES, n_samples)

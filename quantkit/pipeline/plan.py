@@ -26,6 +26,7 @@ from quantkit.pipeline.attend import attention_bytes
 from quantkit.pipeline.budget import budget_of, check_factorized, planned_spec
 from quantkit.pipeline.factorize import ranks_of, sign_factors_spec
 from quantkit.pipeline.journal import work_folder
+from quantkit.pipeline.measure import stream_bytes
 from quantkit.pipeline.outside import OutsideMatrix, outside_matrices
 from quantkit.pipeline.request import QuantizeRequest
 from quantkit.pipeline.train import training_memory, training_multiplications, training_scratch
@@ -136,7 +137,8 @@ def make_plan(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device
             _tuning_memory(skeleton, linears, recipe, seq_len) if restored else 0,
             _BASE_BYTES + training_memory(skeleton, recipe, seq_len) if recipe.trains else 0,
         )
-        + (0 if request.offload == "disk" else states),
+        + (0 if request.offload == "disk" else states)
+        + stream_bytes(recipe, len(skeleton.blocks), request.n_samples, seq_len, _hidden_size(skeleton)),
         scratch_bytes=scratch + (states if request.offload == "disk" else 0),
         seconds=_estimate_seconds(skeleton, request, seq_len, device),
         transform_bytes=transform.extra_bytes if transform else 0,
@@ -240,9 +242,13 @@ def _surroundings_bytes(skeleton: Skeleton) -> int:
 def _hidden_bytes(skeleton: Skeleton, request: QuantizeRequest, seq_len: int) -> int:
     if not request.recipe.needs_calibration:
         return 0
-    hidden: int = skeleton.config.get_text_config(decoder=True).hidden_size
     n_kept = 2 if request.recipe.block_steps else 0  # what a block should put out, for both streams
-    return 4 * request.n_samples * seq_len * hidden * (_n_streams(request.recipe) + n_kept)
+    return 4 * request.n_samples * seq_len * _hidden_size(skeleton) * (_n_streams(request.recipe) + n_kept)
+
+
+def _hidden_size(skeleton: Skeleton) -> int:
+    found: int = skeleton.config.get_text_config(decoder=True).hidden_size
+    return found
 
 
 def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int, device: torch.device) -> float:
@@ -270,6 +276,8 @@ def _estimate_seconds(skeleton: Skeleton, request: QuantizeRequest, seq_len: int
     if request.recipe.trains:
         train += training_multiplications(skeleton, request.recipe, seq_len)
     once = forward + gram + solve + search + rounding + train
+    if request.recipe.allocator == "casp":
+        once += forward + solve + search + rounding  # each block is solved once more, on the original model
     if request.recipe.transform == "restore":
         once = 2 * once + 12.0 * request.recipe.restore_steps * seq_len * n_weights
     return once / _multiplications_per_second(device)

@@ -182,6 +182,9 @@ def test_planned_memory_follows_what_is_asked(models: Path, text: Path, tmp_path
     assert peak(n_samples=8) == usual + states
     assert peak(n_samples=8, offload="disk") == peak(offload="disk") == usual - states
     assert peak("rtn") < usual
+    streams = 4 * 2 * 3 * 4 * 32 * 64  # two blocks, each whole, with codes and with factors for queries and keys
+    factors = {"bits": 2.5, "settings": ["keep_ratio=0.5"]}
+    assert peak("casp", **factors) == peak("layerwise", bits=2.5) + streams
     assert peak(settings=["correction=0.5"]) > usual + states  # the float model's block and hidden states
     on_disk = dry_run(small_request(llama, tmp_path / "out", text, offload="disk"))
     assert on_disk.scratch_bytes == on_disk.quantized_bytes + states
