@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from quantkit.formats.grouped_int import GroupedInt, symmetric_zero
+from quantkit.formats.grouped_int import GroupedInt, pack, symmetric_zero
+from quantkit.kernels.planar import planar_segments
 
 
 def random_weight(
@@ -69,3 +73,24 @@ def rounding(product: Tensor, dtype: torch.dtype) -> Tensor:
     """Largest change when ``product`` is rounded to ``dtype``, subnormal results included."""
     info = torch.finfo(dtype)
     return product.abs() * info.eps / 2 + info.smallest_normal * info.eps
+
+
+def slice_error(x: Tensor, weight: GroupedInt) -> Tensor:
+    """Bound on what is lost of ``x`` [m, in] where the planar one-row kernel takes it in 16 bits (gemv_triton.py).
+
+    A thread has eight columns of every plane of a block; the unit of its slices is their largest magnitude / 32512, and
+    half a unit is lost in rounding (a little more: the quotient is rounded too).
+    """
+    spec = weight.spec()
+    order = pack(weight).get("group_order", torch.arange(spec.n_groups, device=x.device)).long()
+    columns = x.double().unflatten(1, (spec.n_groups, spec.group_size))[:, order].flatten(1).abs()
+    parts = []
+    for segment in planar_segments(spec):
+        first = segment.first_group * spec.group_size
+        mine = columns[:, first : first + segment.n_groups * spec.group_size]
+        shape = (segment.n_blocks, segment.planes_per_block, segment.plane_width // 8, 8)
+        padded = pad(mine, (0, prod(shape) - mine.shape[1])).unflatten(1, shape)
+        unit = padded.amax((2, 4), keepdim=True).clamp(min=2.0**-100).expand_as(padded) / 32512
+        parts.append(unit.flatten(1)[:, : mine.shape[1]])
+    units = torch.cat(parts, 1).unflatten(1, (spec.n_groups, spec.group_size))
+    return 0.501 * units[:, order.argsort()].flatten(1)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from quantkit.errors import RequestError
 from quantkit.formats.grouped_int import GroupedIntSpec, stored_zeros
+from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.planar import from_planar
 from quantkit.kernels.planar_matmul import planar_matmul
 
@@ -50,9 +51,9 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
 
     Returns:
         ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
-        device, with float32 products. Planar tensors on a GPU are multiplied by Triton kernels: exact products of
-        float16 or bfloat16 activations for up to 64 rows of x, and above (or in float32) products with the weight
-        rounded to the dtype of x.
+        device, with float32 products. Planar tensors on a GPU are multiplied by Triton kernels: for one or two rows of
+        x products with x in 16 bits relative to its largest neighbours (gemv.py), up to 64 rows exact products of float16
+        or bfloat16 activations, and above (or in float32) products with the weight rounded to the dtype of x.
 
     Raises:
         RequestError: wrong last dimension or dtype of ``x``.
@@ -232,7 +233,7 @@ def _planar_op(
     if order is not None:
         tensors["planar_order"] = order
     if x.is_cuda:
-        return planar_matmul(x, spec, tensors, bias)
+        return gemv(x, spec, tensors, bias) if has_gemv(x, spec) else planar_matmul(x, spec, tensors, bias)
     return matmul_reference(x, spec, from_planar(spec, tensors), bias)
 
 

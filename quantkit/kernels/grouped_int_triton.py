@@ -29,25 +29,23 @@ import triton.language as tl
 
 @triton.constexpr_function
 def _field_place(bits, field, bf16):
-    """(word part, right shift, bit position after the shift) of a field.
+    """(word part, right shift, bit position after the shift) of a field; 3 bits: of planes 0 to 11.
 
     The position p keeps p + bits <= 10 (float16) or 7 (bfloat16). One-bit fields avoid p = 0: half of their unit, the
     symmetric zero, must be a number of the operand's type too. For 8 bits and bfloat16 this is the low half.
     """
-    if bits == 1 and bf16:
-        shift = (-1, 5, 11)[field // 6]
-        return 0, shift, field - shift
+    pair = field // 2
+    part, bit = (pair // 2, field % 2 * 8 + pair % 2 * 3) if bits == 3 else (0, field % 2 * 8 + pair * bits)
     if bits == 1:
-        shift = -1 if field < 9 else 6
-        return 0, shift, field - shift
-    part, bit = (field // 5, field % 5 * 3) if bits == 3 else (0, field * bits)
-    room = {2: 6, 3: 6, 4: 4, 8: 8}[bits] if bf16 else 9 if bits == 3 else 8
+        shift = (-1, 5, 11)[bit // 6] if bf16 else -1 if bit < 9 else 6
+        return 0, shift, bit - shift
+    room = {2: 6, 3: 8, 4: 4, 8: 8}[bits] if bf16 else 8
     return part, bit // room * room, bit % room
 
 
 @triton.constexpr_function
 def _field_part(bits, field):
-    return field // 5 if bits == 3 else 0
+    return field // 4 if bits == 3 else 0
 
 
 @triton.constexpr_function
@@ -57,7 +55,7 @@ def _field_shift(bits, field, bf16):
 
 @triton.constexpr_function
 def _field_position(bits, field, bf16):
-    return 0 if bits == 3 and field == 15 else _field_place(bits, field, bf16)[2]
+    return 0 if bits == 3 and field >= 12 else _field_place(bits, field, bf16)[2]
 
 
 @triton.constexpr_function
@@ -77,14 +75,10 @@ def _field_asm(shift, mask, magic):
 
 
 @triton.constexpr_function
-def _top_asm(magic):
-    """PTX for the sixteenth 3-bit field, bit 15 of three words."""
-    first = f"lop3.b32 t,t,0x00010001,0x{magic << 16 | magic:08x},0xea;"
-    return (
-        "{.reg .b32 t,u,v; shr.u32 t,$1,15; shr.u32 u,$2,14; shr.u32 v,$3,13; "
-        + first
-        + " lop3.b32 t,u,0x00020002,t,0xea; lop3.b32 $0,v,0x00040004,t,0xea;}"
-    )
+def _spare_asm(low, high, magic):
+    """PTX for a 3-bit field whose two low bits start at bit ``low`` of one word, the third at bit ``high`` of another."""
+    first = f"lop3.b32 t,t,0x00030003,0x{magic << 16 | magic:08x},0xea;"
+    return f"{{.reg .b32 t,u; shr.u32 t,$1,{low}; shr.u32 u,$2,{high - 2}; {first} lop3.b32 $0,u,0x00040004,t,0xea;}}"
 
 
 @triton.jit
@@ -103,20 +97,19 @@ def _field(word, SHIFT: tl.constexpr, MASK: tl.constexpr, MAGIC: tl.constexpr, B
 
 
 @triton.jit
-def _top_field(first, second, third, MAGIC: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Plane 15 of a 3-bit block."""
+def _spare_field(
+    low, high, LOW: tl.constexpr, HIGH: tl.constexpr, MAGIC: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr
+):
+    """Planes 12 to 15 of a 3-bit block: bits LOW and LOW + 1 of one word, bit HIGH of another."""
     if ASM:
-        TEXT: tl.constexpr = _top_asm(MAGIC)
-        words = [first, second, third]
+        TEXT: tl.constexpr = _spare_asm(LOW, HIGH, MAGIC)
         if BF16:
-            return tl.inline_asm_elementwise(TEXT, "=r,r,r,r", words, dtype=tl.bfloat16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(TEXT, "=r,r,r", [low, high], dtype=tl.bfloat16, is_pure=True, pack=2)
         else:
-            return tl.inline_asm_elementwise(TEXT, "=r,r,r,r", words, dtype=tl.float16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(TEXT, "=r,r,r", [low, high], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        low = (first.to(tl.int32) >> 15) & 1
-        middle = (second.to(tl.int32) >> 14) & 2
-        high = (third.to(tl.int32) >> 13) & 4
-        return (low | middle | high | MAGIC).to(tl.int16).to(tl.bfloat16 if BF16 else tl.float16, bitcast=True)
+        code = ((low.to(tl.int32) >> LOW) & 3) | ((high.to(tl.int32) >> (HIGH - 2)) & 4)
+        return (code | MAGIC).to(tl.int16).to(tl.bfloat16 if BF16 else tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -126,19 +119,24 @@ def _plane(
 ):  # fmt: skip
     """Operand of one plane: code * 2**(p - 24) as float16, 128 + code * 2**p as bfloat16 (8 bits: low half only)."""
     MAGIC: tl.constexpr = 0x4300 if BF16 else 0
-    SHIFT: tl.constexpr = _field_shift(BITS, FIELD, BF16)
-    POSITION: tl.constexpr = _field_position(BITS, FIELD, BF16)
-    WIDTH: tl.constexpr = 4 if BF16 and BITS == 8 else BITS
-    MASK: tl.constexpr = ((1 << WIDTH) - 1) << POSITION
     PART: tl.constexpr = _field_part(BITS, FIELD)
-    if PART == 3:
-        return _top_field(first, second, third, MAGIC, BF16, ASM)
-    elif PART == 2:
-        return _field(third, SHIFT, MASK, MAGIC, BF16, ASM)
-    elif PART == 1:
-        return _field(second, SHIFT, MASK, MAGIC, BF16, ASM)
+    if PART == 3:  # the spare bits of the three words
+        BYTE: tl.constexpr = FIELD % 2 * 8
+        if FIELD < 14:
+            return _spare_field(first, second, BYTE + 6, BYTE + 6, MAGIC, BF16, ASM)
+        else:
+            return _spare_field(third, second, BYTE + 6, BYTE + 7, MAGIC, BF16, ASM)
     else:
-        return _field(first, SHIFT, MASK, MAGIC, BF16, ASM)
+        SHIFT: tl.constexpr = _field_shift(BITS, FIELD, BF16)
+        POSITION: tl.constexpr = _field_position(BITS, FIELD, BF16)
+        WIDTH: tl.constexpr = 4 if BF16 and BITS == 8 else BITS
+        MASK: tl.constexpr = ((1 << WIDTH) - 1) << POSITION
+        if PART == 2:
+            return _field(third, SHIFT, MASK, MAGIC, BF16, ASM)
+        elif PART == 1:
+            return _field(second, SHIFT, MASK, MAGIC, BF16, ASM)
+        else:
+            return _field(first, SHIFT, MASK, MAGIC, BF16, ASM)
 
 
 @triton.jit

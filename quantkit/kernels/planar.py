@@ -1,16 +1,19 @@
 """planar-16: how a GPU holds `grouped_int` codes in memory, and the exact way back to the stored bytes.
 
 A word is an int16 with E = 16 / bits fields. The columns of a segment are cut into *planes* of W consecutive columns
-(W divides the group size, so a plane has one scale per row), and E planes share the W words of a *block*:
-
-    word j of block B, field e   holds   column  (B * E + e) * W + j,    0 <= j < W
+(W divides the group size, so a plane has one scale per row), and E planes share the W words of a *block*: word j of
+block B holds the columns (B * E + e) * W + j of its planes e. Even planes lie in the low byte, odd ones in the high one:
 
      4 bits   15    12 11     8 7      4 3      0        word 0: columns 0, W, 2W, 3W of the block
-             | plane 3 | plane 2 | plane 1 | plane 0 |   word 1: columns 1, W+1, 2W+1, 3W+1
+             | plane 3 | plane 1 | plane 2 | plane 0 |   word 1: columns 1, W+1, 2W+1, 3W+1
 
 Neighbouring words hold neighbouring columns: one AND over packed words yields a whole plane as matrix operand, and
-nothing is shuffled. Three bits take three words per 16 columns: word t holds the columns of planes 5t .. 5t+4 at bits
-0, 3, 6, 9, 12, and bit 15 of word t is bit t of plane 15; a block is then W words t=0, W words t=1, W words t=2.
+nothing is shuffled. Where 2 W divides the group size, one AND over two words also yields four bytes of one group, the
+operand of a four-byte integer product (`is_paired`).
+
+Three bits take three words per 16 columns. Each byte has two fields, at bits 0 and 3, and two bits to spare: word t holds
+planes 4t .. 4t+3; planes 12 and 13 have their two low bits in the spare bits of word 0 and the third in the first of
+word 1, planes 14 and 15 in word 2 and the second of word 1. A block is then W words t=0, W words t=1, W words t=2.
 
     planar          int16  [words]             segments one after the other; each [rows, blocks * W (* 3)], row-major
     planar_scales   float16 [groups, rows]     stored group order, as in the file
@@ -28,7 +31,7 @@ stored tensors and use the torch twin.
 >>> codes = torch.arange(64, dtype=torch.uint8).reshape(1, 64) // 4  # plane e of word j: 4 * e + j // 4
 >>> tensors = {"codes_4b": pack_bits(codes, 4), "scales": torch.ones(1, 4, dtype=torch.float16)}
 >>> [f"{word & 0xFFFF:04x}" for word in to_planar(spec, tensors)["planar"][:8].tolist()]
-['c840', 'c840', 'c840', 'c840', 'd951', 'd951', 'd951', 'd951']
+['c480', 'c480', 'c480', 'c480', 'd591', 'd591', 'd591', 'd591']
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from quantkit.formats.packing import pack_bits
 
 ROW_TILE = 64  # rows are padded to this, the largest row tile of any kernel
 MIN_PLANE_WIDTH = 16  # the tensor core takes 16 columns at a time
-_PLANE_WIDTH = {1: 64, 2: 64, 3: 64, 4: 128, 8: 128}  # preferred W; benchmarks/bench_grouped_int.py
+_PLANE_WIDTH = 64  # preferred W
 _NARROW_WIDTH = 32  # below this loads are short and slow: only where the group size has no larger power of two
 _MAX_PADDING = 1 / 8  # a narrower plane is used where whole blocks of the preferred one would pad more than this
 _CHUNK_BYTES = 1 << 26  # int32 scratch while packing or unpacking
@@ -77,6 +80,11 @@ def planes_per_block(bits: int) -> int:
 def is_planar(spec: GroupedIntSpec) -> bool:
     """Whether the module has a planar form."""
     return spec.group_size % MIN_PLANE_WIDTH == 0
+
+
+def is_paired(spec: GroupedIntSpec) -> bool:
+    """Whether planes 2i and 2i + 1 of a block always belong to one group."""
+    return spec.group_size % (2 * MIN_PLANE_WIDTH) == 0
 
 
 def padded_rows(spec: GroupedIntSpec) -> int:
@@ -130,9 +138,9 @@ def planar_segments(spec: GroupedIntSpec) -> tuple[PlanarSegment, ...]:
 
 
 def _plane_width(bits: int, n_columns: int, group_size: int) -> int:
-    """The widest plane that divides the group and pads little; the least padding where every width pads much."""
-    largest = min(_PLANE_WIDTH[bits], group_size & -group_size)
-    widths = [width for width in (128, 64, 32, 16) if width <= largest and (width >= _NARROW_WIDTH or width == largest)]
+    """The widest plane of which two make up a part of a group, and which pads little; else the least padding."""
+    largest = min(_PLANE_WIDTH, max((group_size & -group_size) // 2, MIN_PLANE_WIDTH))
+    widths = [width for width in (64, 32, 16) if width <= largest and (width >= _NARROW_WIDTH or width == largest)]
     padding = {width: -n_columns % (planes_per_block(bits) * width) for width in widths}
     fits = [width for width, columns in padding.items() if columns <= _MAX_PADDING * n_columns]
     return fits[0] if fits else min(padding, key=lambda width: padding[width])
@@ -223,28 +231,38 @@ def _fill_segment(words: Tensor, segment: PlanarSegment, spec: GroupedIntSpec, t
         words[rows] = _words_from_planes(planes.to(torch.int32), segment.bits).flatten(1).to(torch.int16)
 
 
+def _field_bits(n_planes: int, bits: int, device: torch.device) -> Tensor:
+    """Bit position of each plane inside its word, ``[n_planes, 1]``; 3 bits: of the 12 planes with a field of their own."""
+    plane = torch.arange(n_planes, device=device, dtype=torch.int32)
+    pair = plane // 2 % 2 if bits == 3 else plane // 2
+    return (plane % 2 * 8 + pair * bits)[:, None]
+
+
 def _words_from_planes(planes: Tensor, bits: int) -> Tensor:
     """int32 ``[rows, blocks, E, W]`` to words ``[rows, blocks, W]`` (3 bits: ``[rows, blocks, 3, W]``)."""
     if bits != 3:
-        shifts = torch.arange(planes.shape[2], device=planes.device, dtype=torch.int32)[:, None] * bits
-        return torch.sum(planes << shifts, 2, dtype=torch.int32)
-    shifts = torch.arange(5, device=planes.device, dtype=torch.int32)[:, None] * 3
-    thirds = planes[:, :, :15].reshape(*planes.shape[:2], 3, 5, -1)
-    low = torch.sum(thirds << shifts, 3, dtype=torch.int32)
-    part = torch.arange(3, device=planes.device, dtype=torch.int32)[:, None]
-    return low | ((planes[:, :, 15:] >> part & 1) << 15)
+        return torch.sum(planes << _field_bits(planes.shape[2], bits, planes.device), 2, dtype=torch.int32)
+    fields = planes[:, :, :12] << _field_bits(12, 3, planes.device)
+    words = torch.sum(fields.unflatten(2, (3, 4)), 3, dtype=torch.int32)
+    byte = torch.tensor([0, 8], device=planes.device, dtype=torch.int32)[:, None]
+    for first, word, spare in ((12, 0, 6), (14, 2, 7)):  # two low bits in `word`, the third in bit `spare` of word 1
+        pair = planes[:, :, first : first + 2]
+        words[:, :, word] += torch.sum((pair & 3) << (byte + 6), 2, dtype=torch.int32)
+        words[:, :, 1] += torch.sum((pair >> 2) << (byte + spare), 2, dtype=torch.int32)
+    return words
 
 
 def _planes_from_words(words: Tensor, bits: int) -> Tensor:
     """Inverse of `_words_from_planes`: int32 words to uint8 codes ``[rows, blocks, E, W]``."""
     if bits != 3:
-        shifts = torch.arange(0, 16, bits, device=words.device, dtype=torch.int32)[:, None]
-        return (words.unsqueeze(2) >> shifts & (1 << bits) - 1).to(torch.uint8)
-    shifts = torch.arange(0, 15, 3, device=words.device, dtype=torch.int32)[:, None]
-    low = (words.unsqueeze(3) >> shifts & 7).flatten(2, 3)
-    part = torch.arange(3, device=words.device, dtype=torch.int32)[:, None]
-    top = ((words >> 15 & 1) << part).sum(2, keepdim=True, dtype=torch.int32)
-    return torch.cat([low, top], dim=2).to(torch.uint8)
+        return (words.unsqueeze(2) >> _field_bits(16 // bits, bits, words.device) & (1 << bits) - 1).to(torch.uint8)
+    fields = words.repeat_interleave(4, 2) >> _field_bits(12, 3, words.device) & 7
+    byte = torch.tensor([0, 8], device=words.device, dtype=torch.int32)[:, None]
+    pairs = [
+        (words[:, :, [word]] >> (byte + 6) & 3) | (words[:, :, [1]] >> (byte + spare) & 1) << 2
+        for word, spare in ((0, 6), (2, 7))
+    ]
+    return torch.cat([fields, *pairs], dim=2).to(torch.uint8)
 
 
 def _pack_columns(words: Tensor, segment: PlanarSegment, columns: slice, bits: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Dispatch and launch of the planar kernels: how many tokens take which path, tile sizes, splits of a row.
 
     tokens        path
+    1, 2          the kernels of gemv_triton.py, where planes come in pairs (grouped_int.py chooses)
     1 .. 64       `fused_kernel`: reads the packed words, float16 or bfloat16 activations
     more, and     `dequantize_kernel` into a temporary weight in the dtype of x, then the vendor's matrix product;
     float32       row slabs of at most `_SLAB_BYTES`, so that no dense weight outlives or dwarfs the call
@@ -115,13 +116,13 @@ def fused_matmul(
     return out
 
 
-def triton_kernels() -> ModuleType:
-    """The module of the kernels. Raises `RequestError` where Triton is not installed."""
+def triton_kernels(name: str = "grouped_int_triton") -> ModuleType:
+    """A module of kernels. Raises `RequestError` where Triton is not installed."""
     try:
         import triton  # noqa: F401
     except ModuleNotFoundError as error:
         raise RequestError("packed weights on a GPU need Triton; run: pip install 'quantkit[kernels]'") from error
-    return import_module("quantkit.kernels.grouped_int_triton")
+    return import_module(f"quantkit.kernels.{name}")
 
 
 def partial_size(n_tokens: int, spec: GroupedIntSpec, config: Config, per_split: tuple[int, ...]) -> int:
@@ -169,7 +170,7 @@ def fused_launch(
         "BITS": tuple(segment.bits for segment in segments),
         "WIDTHS": tuple(segment.plane_width for segment in segments),
         "RAGGED": tuple(segment.n_planes % segment.planes_per_block != 0 for segment in segments),
-        "CONSTANT_ZEROS": tuple(_constant_zero(spec, segment) for segment in segments),
+        "CONSTANT_ZEROS": tuple(constant_zero(spec, segment) for segment in segments),
         "GROUP": spec.group_size,
         "ORDERED": len(spec.segments) > 1,
         "HAS_BIAS": bias is not None,
@@ -189,7 +190,7 @@ def _segment_numbers(segment: PlanarSegment, per_split: int, splits: int) -> tup
     return segment.word_offset // 16, segment.row_words // 16, segment.n_blocks, per_split, splits, first, planes
 
 
-def _constant_zero(spec: GroupedIntSpec, segment: PlanarSegment) -> float | None:
+def constant_zero(spec: GroupedIntSpec, segment: PlanarSegment) -> float | None:
     """The zero of every group of a segment, or None where zeros are stored."""
     return None if has_zeros(spec) else symmetric_zero(segment.bits)
 
@@ -229,7 +230,7 @@ def dequantize_launches(
                 "BITS": segment.bits,
                 "WIDTH": segment.plane_width,
                 "GROUP": spec.group_size,
-                "ZERO": _constant_zero(spec, segment),
+                "ZERO": constant_zero(spec, segment),
                 "ORDERED": len(spec.segments) > 1,
                 "ROWS": _DEQUANTIZE_ROWS,
                 "num_warps": 4,

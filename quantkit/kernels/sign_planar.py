@@ -1,7 +1,7 @@
 """How a GPU holds the sign formats: sign matrices as one-bit planar-16 words (planar.py), and the exact way back.
 
 A sign matrix is the symmetric one-bit `grouped_int` weight with one group per row and twice the row's scale; columns
-are padded to a multiple of 32 or 64, so that every matrix has a planar form. What pads them meets activations of zero.
+are padded to a multiple of 64 or 128, so that every matrix has a planar form. What pads them meets activations of zero.
 
     sign_factors    v_planar, v_scales, v_counters    V of all paths, [paths * span, in]; `span` rows for each path
                     u_planar, u_scales, u_counters    U side by side, [out, paths * span], one group per path
@@ -29,8 +29,8 @@ from quantkit.formats.sign_salient import SALIENT, SignSalientSpec, salient_mask
 from quantkit.formats.spec import with_prefix, without_prefix
 from quantkit.kernels.planar import from_planar, is_planar, padded_groups, to_planar
 
-_COLUMNS = 64  # a plane of the preferred width
-_RANKS = 32
+_COLUMNS = 128  # two planes of the preferred width
+_RANKS = 64  # two planes of half that width
 _NO_SCALE = 2.0**-100  # stands for a scale of 0 where a zero in code units must still give the mean
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed_weights import activations, product_and_bound, random_weight, rounding
+from packed_weights import activations, product_and_bound, random_weight, rounding, slice_error
 
 from quantkit.formats.grouped_int import GroupedInt, pack
+from quantkit.kernels.gemv import GemvConfig, choose_gemv, gemv, gemv_launch, has_gemv
 from quantkit.kernels.grouped_int import matmul
 from quantkit.kernels.planar import from_planar, planar_segments, to_planar
 from quantkit.kernels.planar_matmul import MAX_FUSED_TOKENS, Config, choose_config, fused_launch, partial_size
@@ -37,7 +38,7 @@ def on_gpu(weight: GroupedInt) -> GroupedInt:
 
 
 def check(x, weight, tensors, bias=None):
-    """Few tokens: float32 sums of exact products. More: the weight is rounded to the dtype of x first."""
+    """Few tokens: float32 sums of exact products, of x in slices for one or two. More: the weight is rounded first."""
     y = matmul(x, weight.spec(), tensors, bias)
     base = 0.0 if x.dtype == torch.float16 else 2176.0 if max(weight.bits) > 4 else 128.0
     product, bound = product_and_bound(x, weight, bias, base=base, unit_roundoff=TENSOR_CORE)
@@ -45,6 +46,9 @@ def check(x, weight, tensors, bias=None):
         dense = weight.dequantize().double()
         product, bound = product_and_bound(x, weight, bias, unit_roundoff=TENSOR_CORE)
         bound = bound + x.double().abs() @ rounding(dense, x.dtype).t()
+    elif has_gemv(x, weight.spec()):
+        product, bound = product_and_bound(x, weight, bias)
+        bound = 1.001 * bound + slice_error(x, weight) @ weight.dequantize().double().abs().t()
     assert y.dtype == x.dtype
     assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, x.dtype)).all()
     return y
@@ -96,6 +100,39 @@ def test_stored_bytes_come_back_from_the_gpu():
     tensors = pack(weight)
     restored = from_planar(weight.spec(), to_planar(weight.spec(), tensors))
     assert all(torch.equal(restored[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_one_row_inline_ptx_equals_triton_operations_bit_for_bit(bits, symmetric):
+    from quantkit.kernels import gemv_triton
+
+    weight = on_gpu(random_weight(bits, 200, 128, (bits,) * 33, symmetric))
+    spec = weight.spec()
+    tensors = to_planar(spec, pack(weight))
+    for dtype in HALVES:
+        x = activations(0, 1, 33 * 128, dtype=dtype).cuda()
+        results = []
+        for asm in (True, False):
+            out = torch.full((1, 200), float("nan"), device="cuda")
+            name, grid, arguments = gemv_launch(x, spec, tensors, None, out, choose_gemv(spec))
+            getattr(gemv_triton, name)[grid](**arguments, ASM=asm)
+            results.append(out)
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_one_row_in_every_shape_of_launch(bits):
+    weight = on_gpu(random_weight(bits, 1000, 128, (bits,) * 32))
+    spec = weight.spec()
+    tensors = to_planar(spec, pack(weight))
+    x = activations(0, 1, 4096, dtype=torch.bfloat16).cuda()
+    product, bound = product_and_bound(x, weight)
+    bound = 1.001 * bound + slice_error(x, weight) @ weight.dequantize().double().abs().t()
+    for warps in (1, 2, 4, 8):
+        for tiles in (1, 2, 4) if 32 * warps >= 32 * bits else (1,):
+            y = gemv(x, spec, tensors, None, torch.float32, GemvConfig(warps=warps, tiles=tiles))
+            assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, y.dtype)).all()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])

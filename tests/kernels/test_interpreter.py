@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-FILES = ["interpreter_cases.py", "interpreter_sign_cases.py", "kv_interpreter_cases.py", "decode_interpreter_cases.py"]
+FILES = [
+    "interpreter_cases.py",
+    "gemv_interpreter_cases.py",
+    "interpreter_sign_cases.py",
+    "kv_interpreter_cases.py",
+    "decode_interpreter_cases.py",
+]
 
 
 @pytest.mark.slow

@@ -65,12 +65,15 @@ def code_at(words: torch.Tensor, segment, row: int, column: int) -> int:
     def load(index: int) -> int:
         return int(words[start + index]) & 0xFFFF
 
+    pair, byte = field // 2, field % 2 * 8
     if segment.bits != 3:
-        return load(block * width + word) >> field * segment.bits & (1 << segment.bits) - 1
-    thirds = [load((3 * block + part) * width + word) for part in range(3)]
-    if field == 15:
-        return sum((third >> 15) << part for part, third in enumerate(thirds))
-    return thirds[field // 5] >> field % 5 * 3 & 7
+        return load(block * width + word) >> byte + pair * segment.bits & (1 << segment.bits) - 1
+    first, second, third = (load((3 * block + part) * width + word) for part in range(3))
+    if pair == 6:
+        return first >> byte + 6 & 3 | (second >> byte + 6 & 1) << 2
+    if pair == 7:
+        return third >> byte + 6 & 3 | (second >> byte + 7 & 1) << 2
+    return (first, second, third)[pair // 2] >> byte + pair % 2 * 3 & 7
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

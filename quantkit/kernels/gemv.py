@@ -1,0 +1,131 @@
+"""Launch of the kernels for one or two rows of x (gemv_triton.py): which weights have one, in which shape it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.formats.grouped_int import GroupedIntSpec
+from quantkit.kernels.planar import PlanarSegment, is_paired, padded_rows, planar_segments
+from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
+
+MAX_GEMV_TOKENS = 2
+_MAX_WARPS = 4  # a program's threads lie along a row; more wait for each other longer than they help
+_MANY_PROGRAMS = 1024  # from twice as many row tiles on, a program does two: x is prepared once for both
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemvConfig:
+    """Shape of one launch."""
+
+    warps: int
+    tiles: int  # row tiles of a program; more than one only where its threads span a whole row
+    rows: int = 8  # of a tile
+
+
+def has_gemv(x: Tensor, spec: GroupedIntSpec) -> bool:
+    """Whether the kernels take ``x`` [m, in] and the weight."""
+    return len(x) <= MAX_GEMV_TOKENS and x.dtype in _HALF_TYPES and is_paired(spec)
+
+
+def row_threads(segment: PlanarSegment) -> int:
+    """Threads of four 32-bit words that a row of the segment takes; with 3 bits, four of each of the three parts."""
+    return segment.row_words // (24 if segment.bits == 3 else 8)
+
+
+def choose_gemv(spec: GroupedIntSpec) -> GemvConfig:
+    """The launch shape for a weight."""
+    segments = planar_segments(spec)
+    threads = max(map(row_threads, segments))
+    warps = min(_MAX_WARPS, 1 << (-(-threads // 32) - 1).bit_length())
+    spans = len(segments) == 1 and threads <= 32 * warps
+    many = padded_rows(spec) // 8 >= 2 * _MANY_PROGRAMS
+    return GemvConfig(warps=warps, tiles=2 if spans and many else 1)
+
+
+def gemv(
+    x: Tensor,
+    spec: GroupedIntSpec,
+    tensors: dict[str, Tensor],
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None = None,
+    config: GemvConfig | None = None,
+) -> Tensor:
+    """``x W^T + bias`` for few rows of x, in one launch, on a GPU.
+
+    Args:
+        x: float16 or bfloat16 ``[m, in]``.
+        spec: a weight for which `has_gemv` holds.
+        tensors: what `planar.to_planar` made of it.
+        bias: ``[out]`` of any float dtype, or None.
+        out_dtype: that of x if None.
+        config: `choose_gemv`'s if None.
+
+    Returns:
+        ``[m, out]``. Sums are float32; x is taken in 16 bits relative to the largest of some 64 neighbouring values, so
+        the relative error of a float32 result is of the order of 2**-16.
+    """
+    out = torch.empty(len(x), spec.out_features, dtype=out_dtype or x.dtype, device=x.device)
+    kernel, grid, arguments = gemv_launch(x, spec, tensors, bias, out, config or choose_gemv(spec))
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        getattr(gemv_kernels(), kernel)[grid](**arguments, ASM=True)
+    return out
+
+
+def gemv_kernels() -> Any:
+    """The module of the kernels. Raises `RequestError` where Triton is not installed."""
+    return triton_kernels("gemv_triton")
+
+
+def gemv_launch(
+    x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Tensor | None, out: Tensor, config: GemvConfig
+) -> tuple[str, tuple[int, int], dict[str, Any]]:
+    """Name, grid and arguments of the kernel, all but ASM."""
+    segments = planar_segments(spec)
+    threads = 32 * config.warps
+    x = x.contiguous()
+    if x.data_ptr() % 16:  # loads are of four neighbouring values
+        x = x.clone()
+    scales = tensors["planar_scales"].view(torch.int64)
+    zeros = tensors.get("planar_zeros")
+    if zeros is not None:
+        zeros = zeros.view(torch.int64 if zeros.dtype == torch.float16 else torch.int32)
+    arguments = {
+        "x": x.view(torch.int32),
+        "words": tensors["planar"].view(torch.int32),
+        "scales": scales,
+        "zeros": scales if zeros is None else zeros,
+        "order": tensors.get("planar_order", tensors["planar"]),
+        "bias": out if bias is None else bias,
+        "y": out,
+        "n_rows": spec.out_features,
+        "n_columns": spec.in_features,
+        "stride4": padded_rows(spec) // 4,
+        "segments": tuple(_segment_numbers(segment, threads) for segment in segments),
+        "BITS": tuple(segment.bits for segment in segments),
+        "WIDTHS": tuple(segment.plane_width for segment in segments),
+        "RAGGED": tuple(segment.n_planes % segment.planes_per_block != 0 for segment in segments),
+        "CONSTANT_ZEROS": tuple(None if zeros is not None else constant_zero(spec, segment) for segment in segments),
+        "GROUP": spec.group_size,
+        "ORDERED": len(spec.segments) > 1,
+        "HAS_BIAS": bias is not None,
+        "BF16": x.dtype == torch.bfloat16,
+        "ROWS": config.rows,
+        "THREADS": threads,
+        "num_warps": config.warps,
+        "enable_fp_fusion": True,
+    }
+    grid = (-(-spec.out_features // (config.rows * config.tiles)), len(x))
+    if config.tiles == 1:
+        return "gemv_kernel", grid, arguments
+    return "resident_gemv_kernel", grid, arguments | {"TILES": config.tiles}
+
+
+def _segment_numbers(segment: PlanarSegment, threads: int) -> tuple[int, ...]:
+    needed = row_threads(segment)
+    first, planes = segment.first_group, segment.n_planes
+    return segment.word_offset // 16, segment.row_words // 16, -(-needed // threads), needed, first, planes

@@ -1,0 +1,128 @@
+"""The one-row kernels in Triton's interpreter, on CPU tensors. Run by test_interpreter.py in a process of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from interpreter_cases import edges_untouched, guarded
+from packed_weights import activations, product_and_bound, random_weight, rounding, slice_error
+
+from quantkit.formats.grouped_int import pack
+from quantkit.kernels import gemv_triton
+from quantkit.kernels.gemv import choose_gemv, gemv_launch, has_gemv
+from quantkit.kernels.planar import to_planar
+
+WIDTHS = [1, 2, 3, 4, 8]
+
+
+def run(weight, x, *, bias=None, out_dtype=torch.float32, **shape):
+    """The kernel between guard bands, the result filled with NaN before; tiles of four rows, for speed."""
+    spec = weight.spec()
+    config = replace(choose_gemv(spec), **{"rows": 4} | shape)
+    assert has_gemv(x, spec)
+    tensors = to_planar(spec, pack(weight))
+    out = torch.full((len(x), spec.out_features), float("nan"), dtype=out_dtype)
+    held = {name: guarded(tensor) for name, tensor in {"x": x, "out": out, **tensors}.items()}
+    before = {name: whole.clone() for name, (_, whole) in held.items()}
+    inner = {name: tensor for name, (tensor, _) in held.items()}
+    name, grid, arguments = gemv_launch(inner["x"], spec, inner, bias, inner["out"], config)
+    getattr(gemv_triton, name)[grid](**arguments, ASM=False)
+    assert all(edges_untouched(whole, before[name]) for name, (_, whole) in held.items())
+    assert all(torch.equal(inner[name], tensors[name]) for name in tensors)
+    return inner["out"].clone()
+
+
+def check(y, x, weight, bias=None):
+    """x within its slices, everything else within the bound of float32 sums."""
+    lost = slice_error(x, weight)
+    product, bound = product_and_bound(x, weight, bias)
+    bound = bound + lost @ weight.dequantize().double().abs().t() + 2.0**-20 * bound
+    assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, y.dtype)).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_every_width(bits, dtype, symmetric):
+    weight = random_weight(bits, 6, 64, (bits,) * 9, symmetric)
+    x = activations(bits, 1, weight.spec().in_features, dtype=dtype)
+    check(run(weight, x), x, weight)
+
+
+@pytest.mark.parametrize("group_size", [32, 96, 128, 256])
+@pytest.mark.parametrize("bits", [1, 3, 4])
+def test_every_group_size(bits, group_size):
+    weight = random_weight(bits, 5, group_size, (bits,) * 5)
+    x = activations(3, 1, weight.spec().in_features, dtype=torch.float16)
+    check(run(weight, x), x, weight)
+
+
+def test_group_sizes_that_no_pair_of_planes_divides():
+    weight = random_weight(0, 17, 48, (2,) * 5)
+    assert not has_gemv(torch.zeros(1, 240, dtype=torch.float16), weight.spec())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5])
+def test_rows_longer_than_the_threads_reach(bits):
+    weight = random_weight(bits, 5, 128, (bits,) * 24, False)
+    x = activations(4, 1, 24 * 128, dtype=torch.bfloat16)
+    check(run(weight, x, rows=8, warps=1), x, weight)
+
+
+@pytest.mark.parametrize(("bits", "tiles"), [(1, 2), (2, 4), (3, 2), (4, 2)])
+def test_several_tiles_of_rows_for_one_preparation(bits, tiles):
+    weight = random_weight(bits, 13, 64, (bits,) * 9, bits % 2 == 0)
+    x = activations(bits, 1, 9 * 64, dtype=torch.float16)
+    bias = torch.linspace(-1, 1, 13)
+    y = run(weight, x, bias=bias, tiles=tiles)
+    check(y, x, weight, bias)
+    assert torch.equal(y, run(weight, x, bias=bias, tiles=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [(2, 1, 3, 1, 2), (8, 4, 2, 4), (6, 3, 5, 8, 7, 1, 2, 4)])
+def test_mixed_widths(bits, symmetric, dtype):
+    weight = random_weight(5, 3, 64, bits, symmetric)
+    x = activations(5, 1, 64 * len(bits), dtype=dtype)
+    check(run(weight, x), x, weight)
+
+
+@pytest.mark.parametrize("out_features", [1, 15])
+def test_ragged_rows(out_features):
+    weight = random_weight(out_features, out_features, 64, (4,) * 5)
+    x = activations(4, 2, 320, dtype=torch.float16)
+    check(run(weight, x), x, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bias_and_output_dtype(dtype):
+    weight = random_weight(6, 4, 64, (4,) * 9)
+    x = activations(6, 2, 576, dtype=torch.float16)
+    bias = torch.linspace(-1, 1, 4).to(torch.bfloat16)
+    y = run(weight, x, bias=bias, out_dtype=dtype)
+    lost = slice_error(x, weight) @ weight.dequantize().double().abs().t()
+    product, bound = product_and_bound(x, weight, bias)
+    bound = bound + lost
+    truncation = 2 if dtype == torch.bfloat16 else 1  # the interpreter truncates to bfloat16 instead of rounding
+    assert ((y.double() - product).abs() <= bound + truncation * rounding(product.abs() + bound, dtype)).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, for what is not finite
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_extreme_values_of_x(dtype):
+    """Zeros give exactly the bias; what is not finite is not finite in the result."""
+    weight = random_weight(7, 3, 128, (2,) * 4, False)
+    bias = torch.linspace(-1, 1, 3)
+    zeros = torch.zeros(1, 512, dtype=dtype)
+    assert torch.equal(run(weight, zeros, bias=bias)[0], bias)
+    smallest = torch.full((1, 512), torch.finfo(dtype).smallest_normal, dtype=dtype)
+    check(run(weight, smallest), smallest, weight)
+    largest = torch.full((1, 512), torch.finfo(torch.float16).max, dtype=torch.float32).to(dtype)
+    check(run(weight, largest), largest, weight)
+    for value in (float("nan"), float("inf")):
+        broken = zeros.clone()
+        broken[0, 300] = value
+        assert not run(weight, broken).isfinite().any()
