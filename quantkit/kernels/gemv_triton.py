@@ -6,9 +6,9 @@ walk over rows. x is cut into two slices of eight bits for each thread's columns
     x  ~  scale * (256 * high + low),     |256 * high + low| <= 32512,     high, low: signed bytes
 
 so every product is one of bytes, summed exactly in 32 bits by `dp4a`. The scale is the largest of some 64
-neighbouring values, hence the slices keep what bfloat16 holds and nearly all that float16 does. One AND over two packed
-words yields four bytes of one group (planes 2i and 2i + 1): the codes as they are, times 2**p for a field at bit p, which
-goes into a float factor. All loads of a row tile are issued before the first is used: time goes to latency and
+neighbouring values, hence the slices keep what bfloat16 holds and nearly all that float16 does. One AND over two
+packed words yields four bytes of one group (planes 2i and 2i + 1): the codes as they are, times 2**p for a field at bit
+p, which goes into a float factor. All loads of a row tile are issued before the first is used: time goes to latency and
 instructions, not to bandwidth, in a matrix of few megabytes.
 
 Several rows of x are several programs for each tile; from about three on the tensor core is faster.
@@ -16,7 +16,7 @@ Several rows of x are several programs for each tile; from about three on the te
 """
 
 # ruff: noqa: RUF005 - tuples are built by addition: Triton does not unpack
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return, assignment"
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _sliced_x(
     x, order, thread, valid, first_group, n_planes, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     RAGGED: tl.constexpr, ORDERED: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """x at the columns of each thread's four words: (highs, lows, sums of the slices) per pair, and the scale [threads].
+    """x at the columns of each thread's four words: (highs, lows, sums of the slices) per pair, and the scale.
 
     ``x`` is read as int32, two values at a time.
     """
@@ -265,7 +265,7 @@ def _row_sums(
     loaded, scales, zeros, highs, lows, sums, BITS: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Per row of the tile, float32 [threads]: scale * (code - zero) * x over the thread's columns, x in its slices' unit."""
+    """Per row, float32 [threads]: sums of scale * (code - zero) * x over a thread's columns, x in its slices' unit."""
     QUADS: tl.constexpr = ROWS // 4
     totals = ()
     for row in tl.static_range(ROWS):
@@ -315,8 +315,8 @@ def gemv_kernel(
     Args:
         x: read as int32, two values at a time; words: likewise.
         scales: four rows read as one int64; zeros: the same, or uint8 read as int32. ``stride4``: of a group.
-        segments: per segment (word offset / 16, words per row / 16, chunks of THREADS threads, threads that a row needs,
-            first group, planes).
+        segments: per segment (word offset / 16, words per row / 16, chunks of THREADS threads, threads of a row, first
+            group, planes).
     """
     thread = tl.arange(0, THREADS)
     first_row = tl.program_id(0) * ROWS

@@ -52,8 +52,8 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
     Returns:
         ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
         device, with float32 products. Planar tensors on a GPU are multiplied by Triton kernels: for one or two rows of
-        x products with x in 16 bits relative to its largest neighbours (gemv.py), up to 64 rows exact products of float16
-        or bfloat16 activations, and above (or in float32) products with the weight rounded to the dtype of x.
+        x products with x in 16 bits relative to its largest neighbours (gemv.py), up to 64 rows exact products of half
+        precision activations, and above (or in float32) products with the weight rounded to the dtype of x.
 
     Raises:
         RequestError: wrong last dimension or dtype of ``x``.

@@ -76,7 +76,7 @@ def _field_asm(shift, mask, magic):
 
 @triton.constexpr_function
 def _spare_asm(low, high, magic):
-    """PTX for a 3-bit field whose two low bits start at bit ``low`` of one word, the third at bit ``high`` of another."""
+    """PTX for a 3-bit field: two low bits from bit ``low`` of one word on, the third at bit ``high`` of another."""
     first = f"lop3.b32 t,t,0x00030003,0x{magic << 16 | magic:08x},0xea;"
     return f"{{.reg .b32 t,u; shr.u32 t,$1,{low}; shr.u32 u,$2,{high - 2}; {first} lop3.b32 $0,u,0x00040004,t,0xea;}}"
 

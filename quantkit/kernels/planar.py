@@ -2,7 +2,7 @@
 
 A word is an int16 with E = 16 / bits fields. The columns of a segment are cut into *planes* of W consecutive columns
 (W divides the group size, so a plane has one scale per row), and E planes share the W words of a *block*: word j of
-block B holds the columns (B * E + e) * W + j of its planes e. Even planes lie in the low byte, odd ones in the high one:
+block B holds the columns (B * E + e) * W + j of its planes e. Even planes lie in the low byte, odd ones in the high:
 
      4 bits   15    12 11     8 7      4 3      0        word 0: columns 0, W, 2W, 3W of the block
              | plane 3 | plane 1 | plane 2 | plane 0 |   word 1: columns 1, W+1, 2W+1, 3W+1
@@ -11,8 +11,8 @@ Neighbouring words hold neighbouring columns: one AND over packed words yields a
 nothing is shuffled. Where 2 W divides the group size, one AND over two words also yields four bytes of one group, the
 operand of a four-byte integer product (`is_paired`).
 
-Three bits take three words per 16 columns. Each byte has two fields, at bits 0 and 3, and two bits to spare: word t holds
-planes 4t .. 4t+3; planes 12 and 13 have their two low bits in the spare bits of word 0 and the third in the first of
+Three bits take three words per 16 columns. Each byte has two fields, at bits 0 and 3, and two bits to spare: word t
+holds planes 4t .. 4t+3; planes 12 and 13 have their two low bits in the spare bits of word 0 and the third in the first of
 word 1, planes 14 and 15 in word 2 and the second of word 1. A block is then W words t=0, W words t=1, W words t=2.
 
     planar          int16  [words]             segments one after the other; each [rows, blocks * W (* 3)], row-major
@@ -232,7 +232,7 @@ def _fill_segment(words: Tensor, segment: PlanarSegment, spec: GroupedIntSpec, t
 
 
 def _field_bits(n_planes: int, bits: int, device: torch.device) -> Tensor:
-    """Bit position of each plane inside its word, ``[n_planes, 1]``; 3 bits: of the 12 planes with a field of their own."""
+    """Bit position of each plane inside its word, ``[n_planes, 1]``; 3 bits: of the first 12 planes, at most."""
     plane = torch.arange(n_planes, device=device, dtype=torch.int32)
     pair = plane // 2 % 2 if bits == 3 else plane // 2
     return (plane % 2 * 8 + pair * bits)[:, None]
@@ -243,7 +243,7 @@ def _words_from_planes(planes: Tensor, bits: int) -> Tensor:
     if bits != 3:
         return torch.sum(planes << _field_bits(planes.shape[2], bits, planes.device), 2, dtype=torch.int32)
     fields = planes[:, :, :12] << _field_bits(12, 3, planes.device)
-    words = torch.sum(fields.unflatten(2, (3, 4)), 3, dtype=torch.int32)
+    words = torch.sum(fields.view(*planes.shape[:2], 3, 4, -1), 3, dtype=torch.int32)
     byte = torch.tensor([0, 8], device=planes.device, dtype=torch.int32)[:, None]
     for first, word, spare in ((12, 0, 6), (14, 2, 7)):  # two low bits in `word`, the third in bit `spare` of word 1
         pair = planes[:, :, first : first + 2]
