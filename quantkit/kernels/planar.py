@@ -12,8 +12,8 @@ nothing is shuffled. Where 2 W divides the group size, one AND over two words al
 operand of a four-byte integer product (`is_paired`).
 
 Three bits take three words per 16 columns. Each byte has two fields, at bits 0 and 3, and two bits to spare: word t
-holds planes 4t .. 4t+3; planes 12 and 13 have their two low bits in the spare bits of word 0 and the third in the first of
-word 1, planes 14 and 15 in word 2 and the second of word 1. A block is then W words t=0, W words t=1, W words t=2.
+holds planes 4t .. 4t+3; planes 12 and 13 have their two low bits in the spare bits of word 0 and the third in the first
+of word 1, planes 14 and 15 in word 2 and the second of word 1. A block is then W words t=0, W words t=1, W words t=2.
 
     planar          int16  [words]             segments one after the other; each [rows, blocks * W (* 3)], row-major
     planar_scales   float16 [groups, rows]     stored group order, as in the file
