@@ -52,6 +52,7 @@ class Calibration:
     protocol: str
 
     image_masks: None = None  # no token stands for a picture
+    answers_at: None = None  # nothing is asked
 
     @property
     def longest(self) -> int:
