@@ -13,6 +13,7 @@ from quantkit.kernels.planar import PlanarSegment, is_paired, padded_rows, plana
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
 MAX_GEMV_TOKENS = 2
+COPY_ROWS = 16  # of a weight, that take the same row of x where each takes one of its own
 _MAX_WARPS = 4  # a program's threads lie along a row; more wait for each other longer than they help
 _MANY_PROGRAMS = 1024  # from twice as many row tiles on, a program does two: x is prepared once for both
 _HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -54,6 +55,7 @@ def gemv(
     bias: Tensor | None,
     out_dtype: torch.dtype | None = None,
     config: GemvConfig | None = None,
+    copies: Tensor | None = None,
 ) -> Tensor:
     """``x W^T + bias`` for few rows of x, in one launch, on a GPU.
 
@@ -64,13 +66,16 @@ def gemv(
         bias: ``[out]`` of any float dtype, or None.
         out_dtype: that of x if None.
         config: `choose_gemv`'s if None.
+        copies: int32 ``[out / COPY_ROWS]``: the row of x that each `COPY_ROWS` rows of the weight take, instead of all
+            rows of x one after the other. The result is then ``[1, out]``.
 
     Returns:
         ``[m, out]``. Sums are float32; x is taken in 16 bits relative to the largest of some 64 neighbouring values, so
         the relative error of a float32 result is of the order of 2**-16.
     """
-    out = torch.empty(len(x), spec.out_features, dtype=out_dtype or x.dtype, device=x.device)
-    kernel, grid, arguments = gemv_launch(x, spec, tensors, bias, out, config or choose_gemv(spec))
+    n_rows = len(x) if copies is None else 1
+    out = torch.empty(n_rows, spec.out_features, dtype=out_dtype or x.dtype, device=x.device)
+    kernel, grid, arguments = gemv_launch(x, spec, tensors, bias, out, config or choose_gemv(spec), copies)
     with torch.cuda.device(x.device):  # Triton launches on the current device
         getattr(gemv_kernels(), kernel)[grid](**arguments, ASM=True)
     return out
@@ -82,7 +87,13 @@ def gemv_kernels() -> Any:
 
 
 def gemv_launch(
-    x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Tensor | None, out: Tensor, config: GemvConfig
+    x: Tensor,
+    spec: GroupedIntSpec,
+    tensors: dict[str, Tensor],
+    bias: Tensor | None,
+    out: Tensor,
+    config: GemvConfig,
+    copies: Tensor | None = None,
 ) -> tuple[str, tuple[int, int], dict[str, Any]]:
     """Name, grid and arguments of the kernel, all but ASM."""
     segments = planar_segments(spec)
@@ -90,10 +101,10 @@ def gemv_launch(
     x = x.contiguous()
     if x.data_ptr() % 16:  # loads are of four neighbouring values
         x = x.clone()
-    scales = tensors["planar_scales"].view(torch.int64)
+    scales = tensors["planar_scales"].flatten().view(torch.int64)  # a single group has strides that view refuses
     zeros = tensors.get("planar_zeros")
     if zeros is not None:
-        zeros = zeros.view(torch.int64 if zeros.dtype == torch.float16 else torch.int32)
+        zeros = zeros.flatten().view(torch.int64 if zeros.dtype == torch.float16 else torch.int32)
     arguments = {
         "x": x.view(torch.int32),
         "words": tensors["planar"].view(torch.int32),
@@ -102,6 +113,7 @@ def gemv_launch(
         "order": tensors.get("planar_order", tensors["planar"]),
         "bias": out if bias is None else bias,
         "y": out,
+        "copies": out if copies is None else copies,
         "n_rows": spec.out_features,
         "n_columns": spec.in_features,
         "stride4": padded_rows(spec) // 4,
@@ -113,13 +125,15 @@ def gemv_launch(
         "GROUP": spec.group_size,
         "ORDERED": len(spec.segments) > 1,
         "HAS_BIAS": bias is not None,
+        "COPY_ROWS": None if copies is None else COPY_ROWS,
         "BF16": x.dtype == torch.bfloat16,
         "ROWS": config.rows,
         "THREADS": threads,
         "num_warps": config.warps,
         "enable_fp_fusion": True,
     }
-    grid = (-(-spec.out_features // (config.rows * config.tiles)), len(x))
+    assert COPY_ROWS % (config.rows * config.tiles) == 0
+    grid = (-(-spec.out_features // (config.rows * config.tiles)), len(out))
     if config.tiles == 1:
         return "gemv_kernel", grid, arguments
     return "resident_gemv_kernel", grid, arguments | {"TILES": config.tiles}

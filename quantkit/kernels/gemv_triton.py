@@ -303,26 +303,35 @@ def _store_rows(y, bias, totals, first_row, n_rows, HAS_BIAS: tl.constexpr, ROWS
     tl.store(y + rows, total.to(y.dtype.element_ty), mask=rows < n_rows)
 
 
+@triton.jit
+def _token(copies, first_row, COPY_ROWS: tl.constexpr):
+    """The row of x that a program takes: its own by grid, or that of its rows of the weight."""
+    if COPY_ROWS is None:
+        return tl.program_id(1)
+    else:
+        return tl.load(copies + first_row // COPY_ROWS)
+
+
 @triton.jit(do_not_specialize=["segments"])
 def gemv_kernel(
-    x, words, scales, zeros, order, bias, y, n_rows, n_columns, stride4, segments, BITS: tl.constexpr,
+    x, words, scales, zeros, order, bias, y, copies, n_rows, n_columns, stride4, segments, BITS: tl.constexpr,
     WIDTHS: tl.constexpr, RAGGED: tl.constexpr, CONSTANT_ZEROS: tl.constexpr, GROUP: tl.constexpr,
-    ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
-    ASM: tl.constexpr,
+    ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, COPY_ROWS: tl.constexpr, BF16: tl.constexpr, ROWS: tl.constexpr,
+    THREADS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, n_rows] = x [tokens, n_columns] @ weight^T + bias. Grid (row tiles, tokens).
 
     Args:
         x: read as int32, two values at a time; words: likewise.
+        copies: the row of x for each COPY_ROWS rows of the weight; COPY_ROWS is None: a program for every row of x.
         scales: four rows read as one int64; zeros: the same, or uint8 read as int32. ``stride4``: of a group.
         segments: per segment (word offset / 16, words per row / 16, chunks of THREADS threads, threads of a row, first
             group, planes).
     """
     thread = tl.arange(0, THREADS)
     first_row = tl.program_id(0) * ROWS
-    token = tl.program_id(1)
-    x += token.to(tl.int64) * (n_columns // 2)
-    y += token.to(tl.int64) * n_rows
+    x += _token(copies, first_row, COPY_ROWS).to(tl.int64) * (n_columns // 2)
+    y += tl.program_id(1).to(tl.int64) * n_rows
     totals = ()
     for _ in tl.static_range(ROWS):
         totals = totals + (tl.zeros((THREADS,), tl.float32),)
@@ -365,10 +374,10 @@ def gemv_kernel(
 
 @triton.jit(do_not_specialize=["segments"])
 def resident_gemv_kernel(
-    x, words, scales, zeros, order, bias, y, n_rows, n_columns, stride4, segments, BITS: tl.constexpr,
+    x, words, scales, zeros, order, bias, y, copies, n_rows, n_columns, stride4, segments, BITS: tl.constexpr,
     WIDTHS: tl.constexpr, RAGGED: tl.constexpr, CONSTANT_ZEROS: tl.constexpr, GROUP: tl.constexpr,
-    ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
-    TILES: tl.constexpr, ASM: tl.constexpr,
+    ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, COPY_ROWS: tl.constexpr, BF16: tl.constexpr, ROWS: tl.constexpr,
+    THREADS: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """`gemv_kernel` for one segment whose rows one program spans: x is sliced once for TILES tiles of rows.
 
@@ -376,9 +385,8 @@ def resident_gemv_kernel(
     """
     thread = tl.arange(0, THREADS)
     first_row = tl.program_id(0) * (ROWS * TILES)
-    token = tl.program_id(1)
-    x += token.to(tl.int64) * (n_columns // 2)
-    y += token.to(tl.int64) * n_rows
+    x += _token(copies, first_row, COPY_ROWS).to(tl.int64) * (n_columns // 2)
+    y += tl.program_id(1).to(tl.int64) * n_rows
     offset16, stride16, _, n_threads, first_group, n_planes = segments[0]
     words += offset16.to(tl.int64) * 8
     valid = thread < n_threads

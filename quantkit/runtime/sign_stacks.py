@@ -24,6 +24,7 @@ from quantkit.formats.sign_factors import SignFactorsSpec
 from quantkit.formats.sign_salient import SignSalientSpec, salient_mask
 from quantkit.kernels import grouped_int
 from quantkit.kernels.gather import gather
+from quantkit.kernels.gemv import COPY_ROWS, gemv, has_gemv
 from quantkit.kernels.planar import to_planar
 from quantkit.kernels.planar_matmul import dequantize_rows
 from quantkit.kernels.sign_planar import has_planar_form, sign_spec
@@ -41,6 +42,7 @@ class OwnRows(nn.Module):
     """
 
     kept: Tensor
+    copies: Tensor | None
 
     def __init__(self, spec: GroupedIntSpec, stored: dict[str, Tensor], sizes: Sequence[int]) -> None:
         super().__init__()
@@ -53,6 +55,14 @@ class OwnRows(nn.Module):
         self.bounds: list[tuple[int, int]] = list(
             zip((ends - torch.tensor(sizes)).tolist(), ends.tolist(), strict=True)
         )
+        own = [
+            torch.full(((last - first) // COPY_ROWS,), copy, dtype=torch.int32)
+            for copy, (first, last) in enumerate(self.bounds)
+        ]
+        # which copy each COPY_ROWS rows take, if no such rows belong to two parts
+        even = all(size % COPY_ROWS == 0 for size in sizes)
+        copies = torch.cat(own).to(stored["scales"].device) if even else None
+        self.register_buffer("copies", copies, persistent=False)
         kept = torch.cat([torch.arange(*bounds) + copy * spec.out_features for copy, bounds in enumerate(self.bounds)])
         self.register_buffer("kept", kept.to(torch.int32).to(stored["scales"].device)[None], persistent=False)
 
@@ -64,6 +74,8 @@ class OwnRows(nn.Module):
         """``[parts, in]`` to ``[1, rows]``; ``bias`` is ``[rows]``."""
         if len(self.bounds) == 1:
             return grouped_int.matmul(copies, self.spec, self.tensors(), bias)
+        if self.copies is not None and copies.is_cuda and has_gemv(copies[:1], self.spec):
+            return gemv(copies, self.spec, self.tensors(), bias, copies=self.copies)
         every = grouped_int.matmul(copies, self.spec, self.tensors())
         return gather(every, self.kept, bias=None if bias is None else bias[None])
 

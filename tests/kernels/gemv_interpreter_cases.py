@@ -21,7 +21,7 @@ def run(weight, x, *, bias=None, out_dtype=torch.float32, **shape):
     """The kernel between guard bands, the result filled with NaN before; tiles of four rows, for speed."""
     spec = weight.spec()
     config = replace(choose_gemv(spec), **{"rows": 4} | shape)
-    assert has_gemv(x, spec)
+    assert has_gemv(x[:1], spec)
     tensors = to_planar(spec, pack(weight))
     out = torch.full((len(x), spec.out_features), float("nan"), dtype=out_dtype)
     held = {name: guarded(tensor) for name, tensor in {"x": x, "out": out, **tensors}.items()}
@@ -57,6 +57,20 @@ def test_every_group_size(bits, group_size):
     weight = random_weight(bits, 5, group_size, (bits,) * 5)
     x = activations(3, 1, weight.spec().in_features, dtype=torch.float16)
     check(run(weight, x), x, weight)
+
+
+@pytest.mark.parametrize(("tiles", "rows"), [(1, 8), (2, 8), (4, 4)])
+def test_every_part_of_the_rows_takes_a_copy_of_its_own(tiles, rows):
+    weight = random_weight(3, 48, 64, (2,) * 6)
+    spec, x = weight.spec(), activations(3, 3, 384, dtype=torch.float16)
+    bias = torch.linspace(-1, 1, 48)
+    copies = torch.tensor([2, 0, 1], dtype=torch.int32)
+    tensors, out = to_planar(spec, pack(weight)), torch.full((1, 48), float("nan"))
+    config = replace(choose_gemv(spec), rows=rows, tiles=tiles)
+    name, grid, arguments = gemv_launch(x, spec, tensors, bias, out, config, copies)
+    getattr(gemv_triton, name)[grid](**arguments, ASM=False)
+    every = run(weight, x, bias=bias)
+    assert torch.equal(out[0], torch.cat([every[2, :16], every[0, 16:32], every[1, 32:]]))
 
 
 def test_group_sizes_that_no_pair_of_planes_divides():

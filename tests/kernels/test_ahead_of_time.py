@@ -88,6 +88,21 @@ def test_one_row(compile_for_sm90, bits, symmetric, tiles):
     assert not re.search(r"LDG\.E\.EF(\.64|\.U?8|\.U?16)? ", sass)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_row_of_signs_with_copies(compile_for_sm90, symmetric):
+    """One group per row, as the stacks of the sign formats have it."""
+    from quantkit.kernels import gemv_triton
+
+    spec, tensors = layer({1: 1}, symmetric, group_size=4096)
+    x, out = torch.zeros(3, 4096, dtype=torch.bfloat16), torch.zeros(1, 192, dtype=torch.bfloat16)
+    copies = torch.zeros(12, dtype=torch.int32)
+    name, grid, arguments = gemv_launch(x, spec, tensors, out[0], out, choose_gemv(spec), copies)
+    assert grid[1] == 1
+    _, sass, resources = compile_for_sm90(getattr(gemv_triton, name), grid, arguments, ASM=True)
+    assert resources["STACK"] <= SPILL_LIMIT[1]
+    assert "IDP.4A" in sass
+
+
 @pytest.mark.parametrize("m", [16, 64])
 @pytest.mark.parametrize("bits", [2, 3])
 def test_more_tokens(compile_for_sm90, bits, m):
