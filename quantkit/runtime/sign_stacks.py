@@ -4,7 +4,7 @@ Siblings differ in what they do to the activations: scales of columns, which col
 copy of the token, and a row of the stack multiplies the copy of its own sibling (`OwnRows`).
 
     sign_salient   copies -> signs -> integers, added to what the signs gave
-    sign_factors   copies, one per path -> V -> latents, scaled -> U
+    sign_factors   copies, one per path -> V, with the scales of the latents -> U
 
 Several tokens (a prompt) are multiplied sibling by sibling, each with its own rows of the stack.
 """
@@ -207,9 +207,6 @@ def _one_bit(
 class FactorStack(SignStack):
     """`sign_factors` siblings with equally many paths; every path is given as many latents as the largest has."""
 
-    latents: Tensor
-    latent_scales: Tensor
-
     def __init__(self, linears: Sequence[Any], bias: Tensor | None) -> None:
         specs: list[SignFactorsSpec] = [each.spec for each in linears]
         stored = [each.stored_tensors() for each in linears]
@@ -226,19 +223,15 @@ class FactorStack(SignStack):
         v_codes = torch.cat([_v_codes(spec, tensors, span, missing) for spec, tensors in pairs])
         u_codes = torch.cat([_u_codes(spec, tensors, span) for spec, tensors in pairs])
         u_scales = torch.cat([2 * tensors["row_scales"].float().t() for tensors in stored]).half()
-        twice = u_scales.new_full((len(v_codes), 1), 2.0)
-        v, u = sign_spec(len(v_codes), n + missing), sign_spec(len(u_codes), self.paths * span, self.paths)
-        self.v = OwnRows(v, {"codes_1b": v_codes, "scales": twice}, [span] * copies)
-        self.u = OwnRows(u, {"codes_1b": u_codes, "scales": u_scales}, sizes)
-        parts = [
+        latents = [
             pad(part, (0, span - len(part)))
             for spec, tensors in pairs
-            for part in torch.split(tensors["latent_scales"].float(), list(spec.ranks))
+            for part in torch.split(2 * tensors["latent_scales"].float(), list(spec.ranks))
         ]
-        shape = (len(specs), self.paths * span)
-        places = torch.arange(copies * span, dtype=torch.int32, device=device)
-        self.register_buffer("latents", places.view(shape), persistent=False)
-        self.register_buffer("latent_scales", torch.cat(parts).view(shape), persistent=False)
+        v_scales = torch.cat(latents).half()[:, None]
+        v, u = sign_spec(len(v_codes), n + missing), sign_spec(len(u_codes), self.paths * span, self.paths)
+        self.v = OwnRows(v, {"codes_1b": v_codes, "scales": v_scales}, [span] * copies)
+        self.u = OwnRows(u, {"codes_1b": u_codes, "scales": u_scales}, sizes)
 
     @staticmethod
     def fits(specs: Sequence[SignFactorsSpec]) -> bool:
@@ -246,14 +239,13 @@ class FactorStack(SignStack):
         return len({(spec.in_features, len(spec.ranks)) for spec in specs}) == 1
 
     def one(self, copies: Tensor) -> Tensor:
-        scaled = gather(self.v(copies, None), self.latents, scales=self.latent_scales)
-        return cast(Tensor, self.u(scaled, self.bias))
+        latents: Tensor = self.v(copies, None)
+        return cast(Tensor, self.u(latents.view(len(self.sizes), -1), self.bias))
 
     def several(self, padded: Tensor, sibling: int) -> Tensor:
         own = range(sibling * self.paths, (sibling + 1) * self.paths)
         latents = [self.v.part(columns_of(padded, self.order[path], self.scales[path]), path) for path in own]
-        scaled = (torch.cat(latents, 1).float() * self.latent_scales[sibling]).to(padded.dtype)
-        return self.u.part(scaled, sibling)
+        return self.u.part(torch.cat(latents, 1), sibling)
 
 
 def _v_codes(spec: SignFactorsSpec, tensors: dict[str, Tensor], span: int, missing: int) -> Tensor:

@@ -59,6 +59,18 @@ def test_every_group_size(bits, group_size):
     check(run(weight, x), x, weight)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [1, 4])
+def test_one_group_for_a_row(bits, symmetric):
+    """Not between guard bands: the one row of scales is taken as `to_planar` leaves it, strides and all."""
+    weight = random_weight(bits, 9, 384, (bits,), symmetric)
+    spec, x = weight.spec(), activations(2, 1, 384, dtype=torch.float16)
+    out = torch.full((1, 9), float("nan"))
+    name, grid, arguments = gemv_launch(x, spec, to_planar(spec, pack(weight)), None, out, choose_gemv(spec))
+    getattr(gemv_triton, name)[grid](**arguments, ASM=False)
+    check(out, x, weight)
+
+
 @pytest.mark.parametrize(("tiles", "rows"), [(1, 8), (2, 8), (4, 4)])
 def test_every_part_of_the_rows_takes_a_copy_of_its_own(tiles, rows):
     weight = random_weight(3, 48, 64, (2,) * 6)
