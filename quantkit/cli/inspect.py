@@ -115,6 +115,8 @@ def _bits(module: dict[str, Any]) -> str:
     if module["format"] == "sign_salient":
         salient = module["salient"]
         return "1" if salient is None else f"1 + {_bits(salient)} in {salient['in_features']} columns"
+    if module["format"] == "low_rank":
+        return f"rank {module['down']['out_features']}: {_bits(module['down'])}, {_bits(module['up'])}"
     segments = module["segments"]
     if len(segments) == 1:
         return str(segments[0][0])

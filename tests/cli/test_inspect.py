@@ -36,6 +36,26 @@ def test_json_adds_up_to_the_file(inputs: Inputs, packed: Path) -> None:
     assert "verified" not in described
 
 
+def test_widths_of_every_format(inputs: Inputs, tmp_path: Path) -> None:
+    expected = {
+        "low_rank": (
+            ["--method", "casp", "--bits", "2.5", "--set", "keep_ratio=0.75", "--set", "factor_all=true"],
+            "rank ",
+        ),
+        "sign_salient": (["--method", "ptq161", "--group-size", "0"], "1 + 2 in "),
+        "sign_factors": (
+            ["--method", "littlebit", "--bits", "1", "--group-size", "0", "--set", "refine=none"],
+            "rank ",
+        ),
+    }
+    for name, (arguments, shown) in expected.items():
+        sizes = ["--calib", inputs.text, "--n-samples", "2", "--seq-len", "32"]
+        group = [] if "--group-size" in arguments else ["--group-size", "32"]
+        assert quantkit("quantize", inputs.model, *arguments, *group, *sizes, "-o", tmp_path / name).exit_code == 0
+        lines = quantkit("inspect", tmp_path / name).stdout.splitlines()
+        assert any(shown in line for line in lines if f" {name} " in line), name
+
+
 def test_the_table(packed: Path) -> None:
     shown = quantkit("inspect", packed, "--verify")
     assert shown.exit_code == 0
