@@ -7,13 +7,13 @@ for reading. Sums are float32; results have the dtype of the activations.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from quantkit.kernels.launch import early_launch
 from quantkit.kernels.planar_matmul import triton_kernels
 
 SPLITS = 16  # programs that share the tokens of one KV head: with 8 heads about as many as multiprocessors
@@ -134,13 +134,6 @@ def attend(qkv: Tensor, state: AttentionState) -> Tensor:
             num_warps=4,
         )
     return out
-
-
-@cache
-def early_launch(device: torch.device) -> dict[str, bool]:
-    """Launch options: programmatic dependent launch, where the device has it (sm_90 and later)."""
-    able = torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"PDL": able, "launch_pdl": able}
 
 
 def _attend_reference(qkv: Tensor, state: AttentionState, heads: int) -> Tensor:

@@ -1,8 +1,6 @@
 """Triton kernels of a decoding step (decode_step.py). Imported on first use: `import quantkit` does not need Triton.
 
-With PDL (programmatic dependent launch, sm_90 and later) a kernel is scheduled while the one before it still runs, and
-waits inside; it lets the next one be scheduled at once. Every kernel waits before it touches memory, so what a kernel
-sees is finished, however far back it was written.
+PDL: see launch.py; these kernels wait before they touch memory.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"

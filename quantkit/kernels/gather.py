@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from quantkit.kernels.decode_step import early_launch
+from quantkit.kernels.launch import early_launch
 from quantkit.kernels.planar_matmul import triton_kernels
 
 _COLUMNS = 512  # of one program

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
+from quantkit.kernels.launch import early_launch
 from quantkit.kernels.planar import PlanarSegment, is_paired, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
@@ -45,7 +46,8 @@ def choose_gemv(spec: GroupedIntSpec) -> GemvConfig:
     warps = min(_MAX_WARPS, 1 << (-(-threads // 32) - 1).bit_length())
     spans = len(segments) == 1 and threads <= 32 * warps
     many = padded_rows(spec) // 8 >= 2 * _MANY_PROGRAMS
-    return GemvConfig(warps=warps, tiles=2 if spans and many else 1)
+    fits = segments[0].bits != 3  # two tiles of three parts spill registers
+    return GemvConfig(warps=warps, tiles=2 if spans and many and fits else 1)
 
 
 def gemv(
@@ -77,7 +79,7 @@ def gemv(
     out = torch.empty(n_rows, spec.out_features, dtype=out_dtype or x.dtype, device=x.device)
     kernel, grid, arguments = gemv_launch(x, spec, tensors, bias, out, config or choose_gemv(spec), copies)
     with torch.cuda.device(x.device):  # Triton launches on the current device
-        getattr(gemv_kernels(), kernel)[grid](**arguments, ASM=True)
+        getattr(gemv_kernels(), kernel)[grid](**arguments, ASM=True, **early_launch(x.device))
     return out
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 TINY = tl.constexpr(2.0**-100)  # below this x is rounded to multiples of a fixed unit, whose inverse is a float32
 
@@ -317,7 +318,7 @@ def gemv_kernel(
     x, words, scales, zeros, order, bias, y, copies, n_rows, n_columns, stride4, segments, BITS: tl.constexpr,
     WIDTHS: tl.constexpr, RAGGED: tl.constexpr, CONSTANT_ZEROS: tl.constexpr, GROUP: tl.constexpr,
     ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, COPY_ROWS: tl.constexpr, BF16: tl.constexpr, ROWS: tl.constexpr,
-    THREADS: tl.constexpr, ASM: tl.constexpr,
+    THREADS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y [tokens, n_rows] = x [tokens, n_columns] @ weight^T + bias. Grid (row tiles, tokens).
 
@@ -328,6 +329,8 @@ def gemv_kernel(
         segments: per segment (word offset / 16, words per row / 16, chunks of THREADS threads, threads of a row, first
             group, planes).
     """
+    if PDL:
+        gdc_launch_dependents()
     thread = tl.arange(0, THREADS)
     first_row = tl.program_id(0) * ROWS
     x += _token(copies, first_row, COPY_ROWS).to(tl.int64) * (n_columns // 2)
@@ -358,6 +361,8 @@ def gemv_kernel(
                 offsets = _load_factors(
                     zeros, first_row, stride4, here, valid, first_group, BITS[index], WIDTHS[index], GROUP, ROWS
                 )
+            if PDL:  # weights are on their way; x may not be there yet
+                gdc_wait()
             highs, lows, sums, x_scale = _sliced_x(
                 x, order, here, valid, first_group, n_planes, BITS[index], WIDTHS[index], GROUP, RAGGED[index], ORDERED,
                 BF16, ASM,
@@ -377,12 +382,14 @@ def resident_gemv_kernel(
     x, words, scales, zeros, order, bias, y, copies, n_rows, n_columns, stride4, segments, BITS: tl.constexpr,
     WIDTHS: tl.constexpr, RAGGED: tl.constexpr, CONSTANT_ZEROS: tl.constexpr, GROUP: tl.constexpr,
     ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, COPY_ROWS: tl.constexpr, BF16: tl.constexpr, ROWS: tl.constexpr,
-    THREADS: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr,
+    THREADS: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """`gemv_kernel` for one segment whose rows one program spans: x is sliced once for TILES tiles of rows.
 
     The words of a tile are loaded while the one before is multiplied. Grid (row tiles / TILES, tokens).
     """
+    if PDL:
+        gdc_launch_dependents()
     thread = tl.arange(0, THREADS)
     first_row = tl.program_id(0) * (ROWS * TILES)
     x += _token(copies, first_row, COPY_ROWS).to(tl.int64) * (n_columns // 2)
@@ -395,6 +402,8 @@ def resident_gemv_kernel(
     offsets = factors
     if CONSTANT_ZEROS[0] is None:
         offsets = _load_factors(zeros, first_row, stride4, thread, valid, first_group, BITS[0], WIDTHS[0], GROUP, ROWS)
+    if PDL:
+        gdc_wait()
     highs, lows, sums, x_scale = _sliced_x(
         x, order, thread, valid, first_group, n_planes, BITS[0], WIDTHS[0], GROUP, RAGGED[0], ORDERED, BF16, ASM
     )

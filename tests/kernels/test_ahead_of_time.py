@@ -72,8 +72,10 @@ def test_one_token(compile_for_sm90, bits, dtype, symmetric):
     check_fused(compile_for_sm90, *layer({bits: 32}, symmetric), 1, dtype)
 
 
-@pytest.mark.parametrize("tiles", [1, 2])
-@pytest.mark.parametrize(("bits", "symmetric"), [(1, True), (2, True), (3, False), (4, False)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "tiles"),
+    [(1, True, 1), (1, True, 2), (2, True, 1), (2, True, 2), (3, False, 1), (4, False, 1), (4, False, 2)],
+)
 def test_one_row(compile_for_sm90, bits, symmetric, tiles):
     """Sixteen bytes a load, all of them before the first product; registers hold them."""
     from quantkit.kernels import gemv_triton
@@ -81,11 +83,13 @@ def test_one_row(compile_for_sm90, bits, symmetric, tiles):
     spec, tensors = layer({bits: 32}, symmetric)
     x, out = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(1, 192, dtype=torch.bfloat16)
     name, grid, arguments = gemv_launch(x, spec, tensors, None, out, replace(choose_gemv(spec), tiles=tiles))
-    _, sass, resources = compile_for_sm90(getattr(gemv_triton, name), grid, arguments, ASM=True)
+    early = {"PDL": True, "launch_pdl": True}
+    _, sass, resources = compile_for_sm90(getattr(gemv_triton, name), grid, arguments, ASM=True, **early)
     assert resources["STACK"] <= SPILL_LIMIT[1]
     assert "IDP.4A" in sass
     assert len(re.findall(r"LDG\.E\.EF\.128", sass)) >= 8 * (3 if bits == 3 else 1) * tiles  # the words of 8 rows
     assert not re.search(r"LDG\.E\.EF(\.64|\.U?8|\.U?16)? ", sass)
+    assert sass.index("LDG.E.EF.128") < sass.index("ACQBULK")  # weights are asked for before x is waited for
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -98,7 +102,8 @@ def test_one_row_of_signs_with_copies(compile_for_sm90, symmetric):
     copies = torch.zeros(12, dtype=torch.int32)
     name, grid, arguments = gemv_launch(x, spec, tensors, out[0], out, choose_gemv(spec), copies)
     assert grid[1] == 1
-    _, sass, resources = compile_for_sm90(getattr(gemv_triton, name), grid, arguments, ASM=True)
+    options = {"ASM": True, "PDL": True, "launch_pdl": True}
+    _, sass, resources = compile_for_sm90(getattr(gemv_triton, name), grid, arguments, **options)
     assert resources["STACK"] <= SPILL_LIMIT[1]
     assert "IDP.4A" in sass
 

@@ -1,0 +1,19 @@
+"""Launch options that depend on the device."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+@cache
+def early_launch(device: torch.device) -> dict[str, bool]:
+    """Programmatic dependent launch, where the device has it (sm_90 and later).
+
+    A kernel is then scheduled while the one before it still runs, and waits inside before it reads what others wrote;
+    it lets the next one be scheduled at once. Every such kernel waits, so what a kernel sees is finished, however far
+    back it was written; a kernel that is launched in the ordinary way waits anyway.
+    """
+    able = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"PDL": able, "launch_pdl": able}
