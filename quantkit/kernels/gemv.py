@@ -16,7 +16,9 @@ from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 MAX_GEMV_TOKENS = 2
 COPY_ROWS = 16  # of a weight, that take the same row of x where each takes one of its own
 _MAX_WARPS = 4  # a program's threads lie along a row; more wait for each other longer than they help
-_MANY_PROGRAMS = 1024  # from twice as many row tiles on, a program does two: x is prepared once for both
+_MANY_TILES = (
+    1024  # from so many on (two warps and more: twice as many) a program does two: x is prepared once for both
+)
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -45,7 +47,7 @@ def choose_gemv(spec: GroupedIntSpec) -> GemvConfig:
     threads = max(map(row_threads, segments))
     warps = min(_MAX_WARPS, 1 << (-(-threads // 32) - 1).bit_length())
     spans = len(segments) == 1 and threads <= 32 * warps
-    many = padded_rows(spec) // 8 >= 2 * _MANY_PROGRAMS
+    many = padded_rows(spec) // 8 >= _MANY_TILES * min(warps, 2)
     fits = segments[0].bits != 3  # two tiles of three parts spill registers
     return GemvConfig(warps=warps, tiles=2 if spans and many and fits else 1)
 
