@@ -16,9 +16,7 @@ from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 MAX_GEMV_TOKENS = 2
 COPY_ROWS = 16  # of a weight, that take the same row of x where each takes one of its own
 _MAX_WARPS = 4  # a program's threads lie along a row; more wait for each other longer than they help
-_MANY_TILES = (
-    1024  # from so many on (two warps and more: twice as many) a program does two: x is prepared once for both
-)
+_MANY_TILES = 1024  # of rows; with more (two warps: twice as many) a program does two and prepares x once
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
