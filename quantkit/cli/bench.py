@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,10 @@ Peers = Annotated[
 Search = Annotated[
     bool,
     typer.Option("--search", help="Let peers search their whole list of settings.", rich_help_panel=ADVANCED),
+]
+Journal = Annotated[
+    Path | None,
+    typer.Option("--journal", metavar="FILE", help="Append each result as a line of JSON once it is there."),
 ]
 Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the result (needs matplotlib).")]
 
@@ -70,6 +75,7 @@ def kernels(
     tokens: Tokens = None,
     peers: Peers = None,
     plot: Plot = None,
+    journal: Journal = None,
     as_json: Json = False,
     search: Search = False,
     debug: Debug = False,
@@ -83,7 +89,7 @@ def kernels(
         given["peers"] = [name for name in peers.split(",") if name != "none"]
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value or name == "peers"}
     busy("measuring")
-    report = bench_kernels(**chosen, search=search, progress=lambda cell: note(_cell_line(cell)))
+    report = bench_kernels(**chosen, search=search, progress=lambda cell: _tell(_cell_line(cell), cell, journal))
     if plot is not None:
         from quantkit.evaluation.speed_plot import plot_kernels
 
@@ -101,6 +107,7 @@ def decode(
     context: Annotated[int, typer.Option(metavar="N", help="Tokens in the cache.")] = 128,
     max_length: Annotated[int, typer.Option(metavar="N", help="Tokens the cache has room for.")] = 1024,
     step: StepNames = None,
+    journal: Journal = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -114,12 +121,22 @@ def decode(
         context=context,
         max_length=max_length,
         steps=step or ("graph", "fused"),
-        progress=lambda row: note(f"{row['name']} {row['step']}: {row['milliseconds']:.3f} ms per token"),
+        progress=lambda row: _tell(
+            f"{row['name']} {row['step']}: {row['milliseconds']:.3f} ms per token", row, journal
+        ),
     )
     if as_json:
         print_json(report)
     else:
         _show_decode(report)
+
+
+def _tell(line: str, result: dict[str, Any], journal: Path | None) -> None:
+    """One result on stderr, and at the end of a file: what is measured is not lost with what is interrupted."""
+    note(line)
+    if journal is not None:
+        with journal.open("a") as file:
+            file.write(json.dumps(result) + "\n")
 
 
 def _parse_shape(text: str) -> tuple[int, int]:

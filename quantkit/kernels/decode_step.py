@@ -20,6 +20,7 @@ SPLITS = 16  # programs that share the tokens of one KV head: with 8 heads about
 _BLOCK = 32  # tokens at a time
 _ROWS = 16  # query rows of a tile: the tensor core takes no fewer
 _COLUMNS = 1024
+_PICKERS = 64  # programs that look for the largest logit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class AttentionState:
         keys, values: ``[kv_heads, max_length, head_dim]``; keys are stored rotated.
         cos, sin: float32 ``[max_length, head_dim]``, both halves alike.
         length: int32 ``[1]``, the tokens that are cached before this step.
-        partial: float32 ``[kv_heads, SPLITS, 16, head_dim + 2]``, any content.
+        partial: float32 ``[heads, SPLITS, head_dim + 2]``, any content.
         counters: int32 ``[kv_heads]``, zeros before and after.
         scale: of the scores.
     """
@@ -45,9 +46,9 @@ class AttentionState:
     scale: float
 
 
-def new_scratch(kv_heads: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def new_scratch(heads: int, kv_heads: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """``partial`` and ``counters`` of `AttentionState`."""
-    partial = torch.empty(kv_heads, SPLITS, _ROWS, head_dim + 2, device=device)
+    partial = torch.empty(heads, SPLITS, head_dim + 2, device=device)
     return partial, torch.zeros(kv_heads, dtype=torch.int32, device=device)
 
 
@@ -134,6 +135,40 @@ def attend(qkv: Tensor, state: AttentionState) -> Tensor:
             num_warps=4,
         )
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class PickScratch:
+    """What `pick` needs besides the logits; counter: zero before and after."""
+
+    highest: Tensor
+    places: Tensor
+    counter: Tensor
+
+    @classmethod
+    def on(cls, device: torch.device) -> PickScratch:
+        places = torch.empty(_PICKERS, dtype=torch.int32, device=device)
+        return cls(torch.empty(_PICKERS, device=device), places, torch.zeros(1, dtype=torch.int32, device=device))
+
+
+def pick(logits: Tensor, token: Tensor, scratch: PickScratch) -> None:
+    """Write the index of the largest of ``[1, n]`` finite logits, the first of equals, into ``token`` [1, 1]."""
+    if not logits.is_cuda:
+        token.copy_(logits.argmax(-1, keepdim=True))
+        return
+    with torch.cuda.device(logits.device):
+        _kernels().pick_kernel[(_PICKERS,)](
+            logits.contiguous(),
+            token,
+            scratch.highest,
+            scratch.places,
+            scratch.counter,
+            logits.shape[1],
+            COLUMNS=_COLUMNS,
+            PROGRAMS=_PICKERS,
+            **early_launch(logits.device),
+            num_warps=4,
+        )
 
 
 def _attend_reference(qkv: Tensor, state: AttentionState, heads: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Triton kernels of a decoding step (decode_step.py). Imported on first use: `import quantkit` does not need Triton.
 
-PDL: see launch.py; these kernels wait before they touch memory.
+PDL: see launch.py. These kernels wait before they touch what another kernel of the step writes. The length of the text,
+the rotary tables and the cached tokens are written between steps, which no early launch crosses.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
@@ -63,6 +64,35 @@ def _dot(a, b, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _merge(
+    partial, counter, out, split, n_shares, acc, highest, total_weight, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Write one share of a head's attention; the last program to arrive adds all and divides by their weight."""
+    WIDTH: tl.constexpr = HEAD_DIM + 2
+    columns = tl.arange(0, HEAD_DIM)
+    rows = tl.arange(0, acc.shape[0])
+    here = partial + (split * GROUP + rows) * WIDTH
+    tl.store(here[:, None] + columns[None, :], acc, mask=(rows < GROUP)[:, None])
+    tl.store(here + HEAD_DIM, highest, mask=rows < GROUP)
+    tl.store(here + HEAD_DIM + 1, total_weight, mask=rows < GROUP)
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == n_shares - 1:
+        shares = tl.arange(0, SPLITS)
+        for row in tl.static_range(GROUP):
+            there = partial + (shares * GROUP + row) * WIDTH
+            written = shares < n_shares
+            peaks = tl.load(there + HEAD_DIM, mask=written, other=float("-inf"), cache_modifier=".cg")
+            weights = tl.load(there + HEAD_DIM + 1, mask=written, other=0.0, cache_modifier=".cg")
+            place = there[:, None] + columns[None, :]
+            parts = tl.load(place, mask=written[:, None], other=0.0, cache_modifier=".cg")
+            fades = tl.exp(peaks - tl.max(peaks, 0))
+            result = tl.sum(parts * fades[:, None], 0) / tl.sum(weights * fades, 0)
+            tl.store(out + row * HEAD_DIM + columns, result.to(out.dtype.element_ty))
+        tl.store(counter, 0)
+
+
+@triton.jit
 def attention_kernel(
     qkv, cos, sin, keys, values, out, partial, counters, length, scale, max_length, GROUP: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
@@ -73,15 +103,29 @@ def attention_kernel(
     A program takes its share of the cached tokens and of the new one, which it reads from qkv: nobody waits for the
     program that appends it. The last program of a head merges the shares, all read at once.
     """
-    take_turn(PDL)
+    if PDL:  # what the kernels of this step do not write is asked for before they have ended
+        gdc_launch_dependents()
     head = tl.program_id(0)
     split = tl.program_id(1)
     n_heads = tl.num_programs(0)
     position = tl.load(length)
+    total = position + 1
+    share = (total + BLOCK * SPLITS - 1) // (BLOCK * SPLITS) * BLOCK
+    n_shares = (total + share - 1) // share
+    first = split * share
+    last = tl.minimum(first + share, total)
     columns = tl.arange(0, HEAD_DIM)
+    cached = head.to(tl.int64) * max_length * HEAD_DIM
+    token = first + tl.arange(0, BLOCK)
+    place = cached + token[:, None] * HEAD_DIM + columns[None, :]
+    old = ((token < position) & (token < last))[:, None]
+    next_key = tl.load(keys + place, mask=old, other=0.0)
+    next_value = tl.load(values + place, mask=old, other=0.0)
     partner = (columns + HEAD_DIM // 2) % HEAD_DIM
     turn_cos = tl.load(cos + position * HEAD_DIM + columns)
     turn_sin = tl.load(sin + position * HEAD_DIM + columns) * tl.where(columns < HEAD_DIM // 2, -1.0, 1.0)
+    if PDL:
+        gdc_wait()
     rows = tl.arange(0, ROWS)
     real = (rows < GROUP)[:, None]
     q_rows = qkv + (head * GROUP + rows)[:, None] * HEAD_DIM
@@ -92,11 +136,6 @@ def attention_kernel(
     new_key = tl.load(k_row + columns).to(tl.float32) * turn_cos + tl.load(k_row + partner).to(tl.float32) * turn_sin
     new_key = new_key.to(qkv.dtype.element_ty)
     new_value = tl.load(qkv + (n_heads * (GROUP + 1) + head) * HEAD_DIM + columns)
-    total = position + 1
-    share = (total + BLOCK * SPLITS - 1) // (BLOCK * SPLITS) * BLOCK
-    first = split * share
-    last = tl.minimum(first + share, total)
-    cached = head.to(tl.int64) * max_length * HEAD_DIM
     if (position >= first) & (position < last):
         tl.store(keys + cached + position * HEAD_DIM + columns, new_key)
         tl.store(values + cached + position * HEAD_DIM + columns, new_value)
@@ -105,42 +144,49 @@ def attention_kernel(
     acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     for start in range(first, last, BLOCK):
         token = start + tl.arange(0, BLOCK)
-        old = (token < position)[:, None]
         newest = (token == position)[:, None]
-        place = cached + token[:, None] * HEAD_DIM + columns[None, :]
-        key = tl.where(newest, new_key[None, :], tl.load(keys + place, mask=old, other=0.0))
+        key = tl.where(newest, new_key[None, :], next_key)
+        value = tl.where(newest, new_value[None, :], next_value)
+        place = cached + (token + BLOCK)[:, None] * HEAD_DIM + columns[None, :]
+        old = ((token + BLOCK < position) & (token + BLOCK < last))[:, None]
+        next_key = tl.load(keys + place, mask=old, other=0.0)
+        next_value = tl.load(values + place, mask=old, other=0.0)
         scores = _dot(q, tl.trans(key), WIDE) * scale
         scores = tl.where((token < last)[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp(scores - higher[:, None])
         fade = tl.exp(highest - higher)
-        value = tl.where(newest, new_value[None, :], tl.load(values + place, mask=old, other=0.0))
         acc = acc * fade[:, None] + _dot(weights.to(value.dtype), value, WIDE)
         total_weight = total_weight * fade + tl.sum(weights, 1)
         highest = higher
-    mine = partial + head * (SPLITS * ROWS * (HEAD_DIM + 2)) + rows * (HEAD_DIM + 2)
-    here = mine + split * (ROWS * (HEAD_DIM + 2))
-    tl.store(here[:, None] + columns[None, :], acc, mask=real)
-    tl.store(here + HEAD_DIM, highest, mask=rows < GROUP)
-    tl.store(here + HEAD_DIM + 1, total_weight, mask=rows < GROUP)
+    if split < n_shares:
+        _merge(
+            partial + head * (SPLITS * GROUP * (HEAD_DIM + 2)), counters + head, out + head * GROUP * HEAD_DIM, split,
+            n_shares, acc, highest, total_weight, GROUP, HEAD_DIM, SPLITS,
+        )  # fmt: skip
+
+
+@triton.jit
+def pick_kernel(
+    logits, token, highest, places, counter, n, COLUMNS: tl.constexpr, PROGRAMS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """token = index of the largest of n logits, the first of equals. Grid (PROGRAMS,), a power of two."""
+    take_turn(PDL)
+    program = tl.program_id(0)
+    best = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    where = tl.zeros((COLUMNS,), tl.int32)
+    for start in range(program * COLUMNS, n, PROGRAMS * COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        value = tl.load(logits + column, mask=column < n, other=float("-inf")).to(tl.float32)
+        where = tl.where(value > best, column, where)
+        best = tl.maximum(value, best)
+    top = tl.max(best, 0)
+    tl.store(highest + program, top)
+    tl.store(places + program, tl.min(tl.where(best == top, where, n), 0))
     tl.debug_barrier()
-    if tl.atomic_add(counters + head, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-        acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
-        total_weight = tl.zeros((ROWS,), tl.float32)
-        highest = tl.full((ROWS,), float("-inf"), tl.float32)
-        for other in tl.static_range(SPLITS):
-            there = mine + other * (ROWS * (HEAD_DIM + 2))
-            peak = tl.load(there + HEAD_DIM, mask=rows < GROUP, other=0.0, cache_modifier=".cg")
-            highest = tl.maximum(highest, peak)
-        for other in tl.static_range(SPLITS):
-            there = mine + other * (ROWS * (HEAD_DIM + 2))
-            peak = tl.load(there + HEAD_DIM, mask=rows < GROUP, other=0.0, cache_modifier=".cg")
-            weight = tl.load(there + HEAD_DIM + 1, mask=rows < GROUP, other=0.0, cache_modifier=".cg")
-            part = tl.load(there[:, None] + columns[None, :], mask=real, other=0.0, cache_modifier=".cg")
-            fade = tl.exp(peak - highest)
-            acc += part * fade[:, None]
-            total_weight += weight * fade
-        result = acc / tl.where(rows < GROUP, total_weight, 1.0)[:, None]
-        target = out + (head * GROUP + rows)[:, None] * HEAD_DIM + columns[None, :]
-        tl.store(target, result.to(out.dtype.element_ty), mask=real)
-        tl.store(counters + head, 0)
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == PROGRAMS - 1:
+        programs = tl.arange(0, PROGRAMS)
+        tops = tl.load(highest + programs, cache_modifier=".cg")
+        found = tl.load(places + programs, cache_modifier=".cg")
+        tl.store(token, tl.min(tl.where(tops == tl.max(tops, 0), found, n), 0).to(tl.int64))
+        tl.store(counter, 0)

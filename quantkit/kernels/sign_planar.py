@@ -8,6 +8,7 @@ are padded to a multiple of 64 or 128, so that every matrix has a planar form. W
                     x_scales      float32 [paths, in, padded]    column scales; 0 in padding
                     z_scales      float32 [paths * span]         latent scales; 0 in padding
     sign_salient    planar, sign_scales, sign_zeros, counters    the columns with signs; zeros only with means
+                    sign_half_zeros    float16, where the zeros fit; scales are float16 where they fit
                     salient_planar, salient_planar_scales, ...   the `grouped_int` part as `to_planar` leaves it
                     x_order       int32   [columns as the kernel reads them]; beyond the last column: padding
                     x_scales      float32 [the same]             column scales, 1 for salient columns, 0 for padding
@@ -55,6 +56,13 @@ def _repack(signs: Tensor, n: int, rows: int, columns: int) -> Tensor:
     return pack_bits(pad(bits, (0, columns - n, 0, rows - len(bits))), 1)
 
 
+def _half(numbers: Tensor) -> Tensor:
+    """As float16, which the one-row kernels read, where every number has one that is not zero unless it is."""
+    half = numbers.half()
+    kept = torch.isfinite(half) & ((half == 0) == (numbers == 0))
+    return half if bool(kept.all()) else numbers
+
+
 # sign_factors
 
 
@@ -84,10 +92,10 @@ def factors_to_planar(spec: SignFactorsSpec, tensors: dict[str, Tensor]) -> dict
     u_columns = torch.split(unpack_bits(tensors["u_signs"], 1, spec.total_rank), list(spec.ranks), dim=1)
     v_codes = torch.cat([_repack(rows, spec.in_features, span, v.in_features) for rows in v_rows])
     u_codes = pack_bits(torch.cat([pad(columns, (0, span - columns.shape[1])) for columns in u_columns], 1), 1)
-    twice = torch.full((v.out_features, 1), 2.0, device=device)
+    twice = torch.full((v.out_features, 1), 2.0, dtype=torch.float16, device=device)
     planar: dict[str, Tensor] = {}
     planar |= with_prefix("v_", _renamed(to_planar(v, {"codes_1b": v_codes, "scales": twice})))
-    u_scales = 2 * tensors["row_scales"].float().t()
+    u_scales = _half(2 * tensors["row_scales"].float().t())
     planar |= with_prefix("u_", _renamed(to_planar(u, {"codes_1b": u_codes, "scales": u_scales})))
     planar["x_scales"] = pad(tensors["column_scales"].float(), (0, v.in_features - spec.in_features))
     latents = torch.split(tensors["latent_scales"].float(), list(spec.ranks))
@@ -138,13 +146,15 @@ def salient_to_planar(spec: SignSalientSpec, tensors: dict[str, Tensor]) -> dict
     codes = _repack(tensors["signs"], spec.n_binary, spec.out_features, binary.in_features)
     alpha = tensors["row_scales"].float()
     scales = torch.where(alpha == 0, _NO_SCALE, 2 * alpha) if spec.row_means else 2 * alpha
-    signs = to_planar(binary, {"codes_1b": codes, "scales": scales[:, None]})
+    signs = to_planar(binary, {"codes_1b": codes, "scales": _half(scales)[:, None]})
     planar = {"planar": signs["planar"], "sign_scales": signs["planar_scales"], "counters": signs["counters"]}
     if spec.row_means:  # alpha (2 c - 1) + mu = 2 alpha (c - zero)
         zeros = (alpha - tensors["row_means"].float()) / scales
         rows = signs["planar_scales"].shape[1]
         planar["sign_zeros"] = zeros.new_zeros(padded_groups(binary), rows)
         planar["sign_zeros"][0, : spec.out_features] = zeros
+        if _half(zeros).dtype == torch.float16:
+            planar["sign_half_zeros"] = planar["sign_zeros"].half()
     order = torch.full((binary.in_features + spec.n_salient,), spec.in_features, dtype=torch.int32, device=device)
     x_scales = torch.zeros(len(order), device=device)
     mask = salient_mask(spec, tensors)

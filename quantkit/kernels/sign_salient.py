@@ -20,6 +20,7 @@ from quantkit.formats.packing import unpack_bits
 from quantkit.formats.sign_salient import NAME, SALIENT, SignSalientSpec
 from quantkit.formats.spec import without_prefix
 from quantkit.kernels import grouped_int
+from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.planar import PlanarSegment, has_zeros, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import (
     MAX_FUSED_TOKENS,
@@ -94,6 +95,8 @@ def planar_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], 
     prepared = prepare(x, tensors["x_order"], tensors["x_scales"])
     if len(x) > MAX_FUSED_TOKENS or x.dtype == torch.float32:
         return _decoded_matmul(prepared, spec, tensors, bias)
+    if len(x) == 1 and _has_row_kernels(prepared, spec, tensors):
+        return _one_row(prepared, spec, tensors, bias)
     out = x.new_empty(len(x), spec.out_features)
     segments = sign_segments(spec)
     config = choose_config(len(x), segments)
@@ -105,6 +108,24 @@ def planar_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], 
     with torch.cuda.device(x.device):
         sign_kernels().sign_salient_kernel[grid](**arguments, ASM=True)
     return out
+
+
+def _has_row_kernels(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor]) -> bool:
+    parts = [binary_spec(spec)] + ([spec.salient] if spec.salient else [])
+    fits = tensors["sign_scales"].dtype == torch.float16 and (not spec.row_means or "sign_half_zeros" in tensors)
+    return fits and all(has_gemv(x, part) for part in parts)
+
+
+def _one_row(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+    """x ``[1, ...]`` as `prepare` leaves it; what the signs give is the bias of the integers."""
+    binary, signs = binary_spec(spec), binary_part(tensors)
+    if spec.row_means:
+        binary, signs = replace(binary, symmetric=False), signs | {"planar_zeros": tensors["sign_half_zeros"]}
+    signed, salient = x[:, : binary.in_features], x[:, binary.in_features :]
+    if spec.salient is None:
+        return gemv(signed, binary, signs, bias)
+    first = gemv(signed, binary, signs, bias, out_dtype=torch.float32)
+    return gemv(salient, spec.salient, without_prefix(SALIENT, tensors), first[0])
 
 
 def _decoded_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -245,6 +266,7 @@ PLANAR_TENSORS = (
     "planar",
     "sign_scales",
     "sign_zeros",
+    "sign_half_zeros",
     "counters",
     "salient_planar",
     "salient_planar_scales",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import RequestError
+from quantkit.kernels.decode_step import PickScratch, pick
 from quantkit.runtime.fused_steps import FusedSteps
 
 _CHECK_EVERY = 16  # steps between two looks at the tokens for the end of the text: a look waits for the device
@@ -97,6 +98,7 @@ class GraphDecoder:
         self.steps: Steps = FusedSteps(model, max_length) if fuse else StaticSteps(model, max_length, compile)
         self.token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self.logits: Tensor | None = None  # [1, vocabulary], of the last step
+        self._scratch = PickScratch.on(self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_logits: Tensor | None = None  # where a replay leaves them
 
@@ -148,7 +150,7 @@ class GraphDecoder:
 
     def _step(self) -> None:
         self.logits = self.steps.step(self.token)
-        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+        pick(self.logits, self.token, self._scratch)
 
     def _record(self) -> None:
         """Record a step; the trial runs before it leave cache, token and length as they were."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cli_runs import quantkit
 
-from quantkit.cli.bench import _show_decode, _show_kernels
+from quantkit.cli.bench import _show_decode, _show_kernels, _tell
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -36,6 +38,14 @@ def test_an_unknown_subject_is_refused() -> None:
 )
 def test_bad_requests_for_kernels(arguments: tuple[str, ...], message: str) -> None:
     assert message in quantkit("bench", "kernels", *arguments).error
+
+
+def test_a_journal_gets_a_line_for_each_result(tmp_path: Path) -> None:
+    file = tmp_path / "speed.jsonl"
+    for number in (1, 2):
+        _tell("told", {"number": number}, file)
+    _tell("told", {"number": 3}, None)
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [{"number": 1}, {"number": 2}]
 
 
 def test_tables_begin_with_losses(capsys: pytest.CaptureFixture[str]) -> None:

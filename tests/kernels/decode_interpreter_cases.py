@@ -6,8 +6,8 @@ import pytest
 import torch
 from interpreter_cases import edges_untouched, guarded
 
-from quantkit.kernels.decode_step import SPLITS, AttentionState, add_norm, attend, gated, new_scratch
-from quantkit.kernels.decode_step_triton import add_norm_kernel, attention_kernel, gated_kernel
+from quantkit.kernels.decode_step import SPLITS, AttentionState, PickScratch, add_norm, attend, gated, new_scratch
+from quantkit.kernels.decode_step_triton import add_norm_kernel, attention_kernel, gated_kernel, pick_kernel
 from quantkit.kernels.gather import gather
 from quantkit.kernels.gather_triton import gather_kernel
 
@@ -62,7 +62,7 @@ def test_attention(position, group, dtype):
         tensor[:, position:] = float("nan")  # not written yet
     angle = random(max_length, head_dim // 2, seed=3).repeat(1, 2)
     qkv = random(1, (group + 2) * kv_heads * head_dim, dtype=dtype, seed=4)
-    partial, counters = new_scratch(kv_heads, head_dim, torch.device("cpu"))
+    partial, counters = new_scratch(group * kv_heads, kv_heads, head_dim, torch.device("cpu"))
     partial.fill_(float("nan"))
     length = torch.tensor([position], dtype=torch.int32)
 
@@ -103,3 +103,23 @@ def test_gather(options, dtype):
     )  # fmt: skip
     assert kept()
     torch.testing.assert_close(out, gather(values, index, **given), rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("places", [(0,), (699,), (3, 4, 650), (127, 128), (256, 300)])
+def test_pick(places, dtype):
+    """Equal largest logits in one program or in several: the first one counts, as in torch."""
+    logits = random(1, 700, dtype=dtype)
+    logits[0, list(places)] = 9.0
+    scratch, token = PickScratch.on(torch.device("cpu")), torch.zeros(1, 1, dtype=torch.long)
+    for _ in range(2):
+        pick_kernel[(4,)](
+            logits, token, scratch.highest, scratch.places, scratch.counter, 700, COLUMNS=64, PROGRAMS=4, PDL=False
+        )
+        assert token.item() == places[0] == logits.argmax()
+        assert not scratch.counter.any()
+    logits = -logits.abs() - 1
+    pick_kernel[(4,)](
+        logits, token, scratch.highest, scratch.places, scratch.counter, 700, COLUMNS=64, PROGRAMS=4, PDL=False
+    )
+    assert token.item() == logits.argmax()

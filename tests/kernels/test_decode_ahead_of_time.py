@@ -56,6 +56,20 @@ def test_add_norm_and_gated(compile_for_sm90, update):
     assert "LDG" in check(compile_for_sm90, gated_kernel, (1, 4), gate, COLUMNS=1024, num_warps=4, **EARLY)
 
 
+def test_pick(compile_for_sm90):
+    from quantkit.kernels.decode_step_triton import pick_kernel
+
+    logits, numbers, integers = (
+        torch.zeros(64, dtype=torch.bfloat16),
+        torch.zeros(64),
+        torch.zeros(64, dtype=torch.int32),
+    )
+    values = (logits, torch.zeros(1, 1, dtype=torch.long), numbers, integers, integers, 128256)
+    names = ("logits", "token", "highest", "places", "counter", "n")
+    given = dict(zip(names, values, strict=True))
+    assert "ATOM" in check(compile_for_sm90, pick_kernel, (64,), given, COLUMNS=1024, PROGRAMS=64, num_warps=4, **EARLY)
+
+
 def test_probes(compile_for_sm90):
     from quantkit.kernels.probe_triton import empty_kernel, read_kernel
 
