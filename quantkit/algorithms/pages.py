@@ -279,7 +279,7 @@ PAGES: dict[str, Page] = {
         """,
         when="""
             To repeat the paper, with pictures in the calibration set. On a small text model and on a small
-            vision-language model it was no better than a random choice of blocks; `casp` was.
+            vision-language model it was no better than a random choice of blocks, and there its reverse was better.
         """,
         cost="That of the solver, one pass of the original model, and a clustering of 4096 tokens per block.",
         limits="""
