@@ -26,25 +26,35 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.kernels.grouped_int_triton import _field, _field_position, _field_shift
+from quantkit.kernels.grouped_int_triton import _field
 from quantkit.kernels.kv_rotation_triton import rotate_columns
 
 PAGE = tl.constexpr(128)
 LOW = tl.constexpr(-1e30)  # stands for minus infinity, whose differences are not numbers
 
 
-@triton.jit
-def _plane(words, FIELD: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """float16 operand of one plane: code * 2**(p - 24)."""
-    POSITION: tl.constexpr = _field_position(BITS, FIELD, False)
-    MASK: tl.constexpr = ((1 << BITS) - 1) << POSITION
-    return _field(words, _field_shift(BITS, FIELD, False), MASK, 0, False, ASM)
+@triton.constexpr_function
+def _shift(bits, field):
+    """Fields of a page go up from bit 0, whatever the order of weights is (formats/kv_page.py)."""
+    return field * bits // 8 * 8
+
+
+@triton.constexpr_function
+def _position(bits, field):
+    return field * bits % 8
 
 
 @triton.constexpr_function
 def _unit(bits, field):
     """What one code step adds to the operand of a plane."""
-    return 2.0 ** (_field_position(bits, field, False) - 24)
+    return 2.0 ** (field * bits % 8 - 24)
+
+
+@triton.jit
+def _plane(words, FIELD: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """float16 operand of one plane: code * 2**(p - 24)."""
+    MASK: tl.constexpr = ((1 << BITS) - 1) << _position(BITS, FIELD)
+    return _field(words, _shift(BITS, FIELD), MASK, 0, False, ASM)
 
 
 @triton.jit
