@@ -31,6 +31,7 @@ _OPTIONAL: dict[str, type] = {  # may be null
     "vision_bits": int,
     "train_samples": int,
     "sign_rounds": int,
+    "lr": float,
 }
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 
@@ -128,10 +129,13 @@ class Recipe:
     steps: int = field(default=500, metadata={"help": "refine=qat: optimizer steps at most"})
     batch: int = field(default=8, metadata={"help": "refine=qat: sequences at a time, on each GPU"})
     accumulate: int = field(default=1, metadata={"help": "refine=qat: such batches per step"})
-    lr: float = field(default=2e-4, metadata={"help": "refine=qat: highest learning rate, of the signs' latents"})
+    lr: float | None = field(
+        default=None,
+        metadata={"help": "refine=qat: highest learning rate, of the signs' latents; none: 4e-4 / bits"},
+    )
     intermediate: float = field(default=1.0, metadata={"help": "refine=qat: weight of the blocks' outputs in the loss"})
     also_train: str = field(
-        default="none",
+        default="norms",
         metadata={"help": "refine=qat: beside signs and scales: none, norms, all (norms, embedding and head)"},
     )
     train_samples: int | None = field(
@@ -154,6 +158,11 @@ class Recipe:
     def trains(self) -> bool:
         """A training stage follows the walk over the blocks."""
         return self.refine == "qat"
+
+    @property
+    def highest_lr(self) -> float:
+        """Of training. The fewer bits, the more of the signs of the start have to turn: see docs/log.md."""
+        return 4e-4 / (self.bits if self.bpw is None else self.bpw) if self.lr is None else self.lr
 
     @property
     def rounds_of_signs(self) -> int:

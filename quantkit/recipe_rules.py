@@ -138,7 +138,7 @@ def _check_training(recipe: Recipe) -> None:
             raise RequestError(f"{name} must be at least 1, not {getattr(recipe, name)}")
     if recipe.train_samples is not None and recipe.train_samples < 2:
         raise RequestError(f"train_samples must be at least 2 (one is held out), not {recipe.train_samples}")
-    if not 0 < recipe.lr <= 1:
+    if recipe.lr is not None and not 0 < recipe.lr <= 1:
         raise RequestError(f"lr is a learning rate above 0, at most 1, not {recipe.lr:g}")
     if recipe.intermediate < 0 or recipe.patience < 0:
         raise RequestError("intermediate and patience cannot be negative")

@@ -2,8 +2,8 @@
 
 Paper      LittleBit, arXiv:2506.13771. Loss: KL(teacher || student) of the next-token distributions, plus the squared
            distance of every block's output; AdamW without weight decay, warm-up over 2 % of the steps, then a cosine.
-Trained    latents of the signs (float32, through `smooth_sign`) and all scales; with ``also_train`` norms, or norms,
-           embedding and head: the numbers that the file holds in 16 bits anyway. Biases stay as they are.
+Trained    latents of the signs (float32, through `smooth_sign`), all scales, and the vectors of norms, which the file
+           holds in 16 bits anyway; embedding and head with ``also_train=all``. Biases of linears stay as they are.
 Deviates   KL is a mean over tokens and the blocks' distances are relative to the teacher's output, token by token, and
            averaged, so that neither grows with length, depth or width. The authors: sums over a sequence, times 10.
            Training starts at the factors of refine=signs; `best on held-out text` is what is kept.
@@ -142,7 +142,7 @@ class Distillation:
         groups += [{"params": list(self.rest.values()), "share": _REST_LR}] if self.rest else []
         self._is_fused = team.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            groups, lr=recipe.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=self._is_fused
+            groups, lr=recipe.highest_lr, betas=(0.9, 0.999), weight_decay=0.0, fused=self._is_fused
         )
         self.progress = Progress()
         self._backward: Callable[[Tensor], Tensor] = self._backward_of
@@ -177,7 +177,7 @@ class Distillation:
 
     def _step(self, step: int) -> float:
         recipe, team = self.recipe, self.team
-        rate = learning_rate(step, recipe.steps, recipe.lr)
+        rate = learning_rate(step, recipe.steps, recipe.highest_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["share"]
         self.optimizer.zero_grad(set_to_none=False)  # a recorded pass adds to the same memory every time
@@ -188,7 +188,9 @@ class Distillation:
             with nullcontext() if micro == recipe.accumulate - 1 else team.no_sync(self.wrapped):
                 total += team.mean(self._backward(ids.to(team.device)))
         if not math.isfinite(total):
-            raise NumericalError(f"training: the loss is {total} at step {step}; lower --set lr={recipe.lr:g}")
+            raise NumericalError(
+                f"training: the loss is {total} at step {step}; use a --set lr below {recipe.highest_lr:g}"
+            )
         self.optimizer.step()
         return total
 

@@ -286,7 +286,7 @@ def test_it_ends_early_when_nothing_gets_better(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_ends_it(tmp_path: Path) -> None:
     distillation = student(settings())
     next(iter(distillation.linears.values())).rows.data.fill_(float("nan"))
-    with pytest.raises(NumericalError, match=r"^training: the loss is nan at step 0; lower --set lr=0\.005"):
+    with pytest.raises(NumericalError, match=r"^training: the loss is nan at step 0; use a --set lr below 0\.005"):
         distillation.run(tmp_path, lambda *numbers: None)
 
 

@@ -65,9 +65,13 @@ def trained(llama: Path, text: Path, models: Path) -> QuantizeResult:
 
 
 def assert_computes_with_its_weights(source: Path, output: Path) -> None:
-    """The packed model against the original with the stored factors multiplied out."""
+    """The packed model against the original with the stored factors multiplied out, and the norms of the file."""
     weights = {name: packed.dequantize() for name, packed in quantized_weights(output).items()}
     packed, dense = quantkit.load(output, dtype="float32"), dense_model(source, weights)
+    refs = read_header(output / "model.safetensors")
+    for name, parameter in dense.named_parameters():
+        if name in refs and refs[name].shape == tuple(parameter.shape):
+            parameter.data.copy_(read_tensor(refs[name]))
     assert any(isinstance(module, PackedLinear) for module in packed.modules())
     # float32 sums in another order, grown by two blocks; the logits are of size 5
     torch.testing.assert_close(logits(packed), logits(dense), rtol=0, atol=2e-4)
@@ -138,11 +142,12 @@ def test_the_plan_of_a_training_counts_its_memory_disk_and_time(llama: Path, tex
     assert plain.peak_memory_bytes < large.peak_memory_bytes
     assert large.peak_memory_bytes - small.peak_memory_bytes > 4 * 63 * 32 * 6 * 288  # logits of 63 more sequences
     n_signs = sum(sum(spec.ranks) * (spec.in_features + spec.out_features) for _, spec in plain.modules)
-    assert small.scratch_bytes - plain.scratch_bytes == 28 * n_signs
+    model = dense_model(llama, {})
+    n_norms = sum(part.numel() for name, part in model.named_parameters() if "norm" in name)
+    assert small.scratch_bytes - plain.scratch_bytes == 28 * (n_signs + n_norms)
     assert large.seconds > small.seconds > plain.seconds
     more = dry_run(request(llama, tmp_path / "out", text, "refine=qat", "batch=1", "steps=2000", "also_train=all"))
-    model = dense_model(llama, {})
-    n_rest = sum(part.numel() for name, part in model.named_parameters() if "proj" not in name)
+    n_rest = sum(part.numel() for name, part in model.named_parameters() if "proj" not in name and "norm" not in name)
     assert more.scratch_bytes - small.scratch_bytes == 28 * n_rest
     assert more.peak_memory_bytes - small.peak_memory_bytes == 16 * n_rest
     assert small.output_bytes == plain.output_bytes
@@ -361,6 +366,14 @@ def test_stored_bits_and_bits_are_the_same_budget(llama: Path, text: Path, tmp_p
 )
 def test_few_rounds_before_training(settings: list[str], rounds: int) -> None:
     assert resolve("littlebit", settings=settings).rounds_of_signs == rounds
+
+
+@pytest.mark.parametrize(
+    ("settings", "peak"), [({"bits": 1.0}, 4e-4), ({"bits": 0.1}, 4e-3), ({"bpw": 0.5}, 8e-4), ({"lr": 1e-3}, 1e-3)]
+)
+def test_fewer_bits_are_trained_at_a_higher_rate(settings: dict[str, float], peak: float) -> None:
+    more = ["refine=qat", *(f"{name}={value}" for name, value in settings.items())]
+    assert resolve("littlebit", settings=more).highest_lr == pytest.approx(peak)
 
 
 @pytest.mark.parametrize(("refine", "needed"), [("none", False), ("signs", True), ("qat", True)])
