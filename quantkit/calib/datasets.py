@@ -52,7 +52,6 @@ class Calibration:
     protocol: str
 
     image_masks: None = None  # no token stands for a picture
-    answers_at: None = None  # nothing is asked
 
     @property
     def longest(self) -> int:

@@ -169,19 +169,6 @@ class PictureCalibration:
     fingerprint: str
     protocol: str
     processor: Any
-    n_answers: tuple[int, ...]  # tokens of the answer at the end of each sample; 0 where it has none
-
-    @property
-    def answers_at(self) -> list[Tensor]:
-        """Positions of each sample, int64, at which the model predicts an answer; without one, those of text tokens.
-
-        Never the first one, which has seen nothing.
-        """
-        found = []
-        for mask, length in zip(self.image_masks, self.n_answers, strict=True):
-            text = (~mask).nonzero().flatten()
-            found.append(torch.arange(len(mask) - 1 - length, len(mask) - 1) if length else text[text > 0])
-        return found
 
     @property
     def longest(self) -> int:
@@ -245,7 +232,7 @@ def load_pictures(
             f"lower n_samples to {len(questions)}, or add pictures"
         )
     chosen = random.Random(seed).sample(questions, n_samples) if shuffle else questions[:n_samples]
-    samples, masks, n_answers, digest = [], [], [], hashlib.sha256()
+    samples, masks, digest = [], [], hashlib.sha256()
     for question in chosen:
         text = _whole_text(question, prompt)
         inputs = encode(processor, [question.picture], [text], question.where)
@@ -261,19 +248,10 @@ def load_pictures(
         digest.update(question.picture.read_bytes() if question.picture else b"")
         samples.append((question.picture, text))
         masks.append(mask)
-        n_answers.append(_answer_tokens(question, prompt, processor))
     n_pictures = len({picture for picture, _ in samples if picture})
     order = f"a random choice, seed {seed}" if shuffle else "in turns over the pictures"
     protocol = f"{name}: {n_samples} samples of {n_pictures} pictures, {order}; prompt {prompt.description}"
-    return PictureCalibration(
-        tuple(samples), tuple(masks), name, digest.hexdigest(), protocol, processor, tuple(n_answers)
-    )
-
-
-def _answer_tokens(question: Question, prompt: Prompt, processor: Any) -> int:
-    if question.picture is None or question.answer is None:
-        return 0
-    return len(processor.tokenizer(prompt.answer(question.answer), add_special_tokens=False)["input_ids"])
+    return PictureCalibration(tuple(samples), tuple(masks), name, digest.hexdigest(), protocol, processor)
 
 
 def _whole_text(question: Question, prompt: Prompt) -> str:

@@ -121,7 +121,7 @@ class Allocator:
                 condition.look_at(block.module, block.forward, before, block.image_masks)
             if self.recipe.allocator == "casp":
                 choices = choices_of(self.recipe, _widths(self.recipe, self.budget))
-                propagation = propagation or Propagation(self.recipe, choices, block.answers_at)
+                propagation = propagation or Propagation(self.recipe, choices, block.image_masks)
                 propagation.look_at(units[0] if units else None, block)
                 continue
             scores += score_block(units, block, self.recipe, self.budget, self.seed, details)

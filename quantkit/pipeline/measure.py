@@ -2,9 +2,9 @@
 
 All is solved as it will be, on the original model. Each change of one block (all its linears at the lowest width; only
 its queries and keys; these as factors of some rank) starts a stream of hidden states of its own, which goes on through
-the original blocks behind it. At the end stands the KL divergence of what is predicted: of answers about pictures,
-where the calibration set has them. The size of an error where it arises, or in the last hidden states, does not tell:
-one that moves attention to the wrong place is small there, and costs the answer.
+the original blocks behind it. At the end stands the KL divergence of what is predicted at text tokens. The size of an
+error where it arises, or in the last hidden states, does not tell: one that moves attention to the wrong place is small
+there, and costs the answer.
 
 A block's loss is the sum of its parts; other widths follow from the rate-distortion law, as the divergence is quadratic
 in small errors. So a block gets factors where the bytes that they save buy more elsewhere than they cost here.
@@ -27,7 +27,7 @@ from quantkit.pipeline.scored import Predict, ScoredBlock
 from quantkit.pipeline.solve import solve_linear
 from quantkit.recipe import Recipe
 
-N_PROBES = 16  # samples that are carried along
+N_PROBES = 12  # samples that are carried along
 _AT_A_TIME = 8  # streams in one call of a block
 _MAX_ROWS = 256  # of a sample at which predictions are compared, evenly spaced
 _ALL = 0.0  # of `_Stream.ratio`: all linears of the block at the lowest width
@@ -47,11 +47,11 @@ class Propagation:
 
     Args:
         choices: of every unit, widths ascending.
-        answers_at: positions of each sample, int64, whose predictions are compared; None: all but the first.
+        image_masks: bool ``[n_tokens]`` per sample, or None.
     """
 
-    def __init__(self, recipe: Recipe, choices: Sequence[Choice], answers_at: Sequence[Tensor] | None) -> None:
-        self._recipe, self._choices, self._answers_at = recipe, choices, answers_at
+    def __init__(self, recipe: Recipe, choices: Sequence[Choice], image_masks: Sequence[Tensor] | None) -> None:
+        self._recipe, self._choices, self._masks = recipe, choices, image_masks
         self._streams: list[_Stream] = []
         self._original: list[Tensor] = []
         self._n_units = 0
@@ -86,7 +86,8 @@ class Propagation:
         sums = [0.0] * len(self._streams)
         n_rows = 0
         for probe, original in enumerate(self._original):
-            rows = self._rows(probe, original.shape[1])
+            mask = None if self._masks is None else self._masks[probe_samples(len(self._masks))[probe]]
+            rows = compared_rows(original.shape[1], mask)
             expected = predict(original[:, rows]).float().log_softmax(-1)
             n_rows += len(rows)
             for start in range(0, len(self._streams), _AT_A_TIME):
@@ -100,14 +101,6 @@ class Propagation:
         for stream, total in zip(self._streams, sums, strict=True):
             parts[stream.unit][stream.ratio] = max(total / max(n_rows, 1), 0.0)
         return [self._losses_of(part) for part in parts]
-
-    def _rows(self, probe: int, n_tokens: int) -> Tensor:
-        """Positions of a probe that are compared, evenly spaced if they are many."""
-        if self._answers_at is None:
-            rows = torch.arange(1, n_tokens)
-        else:
-            rows = self._answers_at[probe_samples(len(self._answers_at))[probe]]
-        return rows[:: max(1, -(-len(rows) // _MAX_ROWS))]
 
     def _losses_of(self, part: Mapping[float, float]) -> list[float]:
         widths = sorted({choice.bits for choice in self._choices})
@@ -133,6 +126,14 @@ def probe_samples(n_samples: int) -> list[int]:
     """Evenly spaced."""
     n = min(N_PROBES, n_samples)
     return [at * n_samples // n for at in range(n)]
+
+
+def compared_rows(n_tokens: int, image_mask: Tensor | None) -> Tensor:
+    """Positions of text tokens, evenly spaced if they are many; never the first, which predicts next to nothing."""
+    text = torch.ones(n_tokens, dtype=torch.bool) if image_mask is None else ~image_mask.cpu()
+    rows = text.nonzero().flatten()
+    rows = rows[rows > 0]
+    return rows[:: max(1, -(-len(rows) // _MAX_ROWS))]
 
 
 class _Probes:

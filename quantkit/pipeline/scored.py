@@ -29,7 +29,6 @@ class ScoredBlock:
         outcomes: runs the block on one sample at a time; the hidden states advance as it is consumed.
         forward: (sample, input) -> output of the block.
         image_masks: bool ``[n_tokens]`` per sample, true for image tokens; None without pictures.
-        answers_at: positions of each sample, int64, whose predictions count; None: all but the first.
         entering: sample -> what enters the block, as long as `outcomes` has not been consumed.
     """
 
@@ -38,7 +37,6 @@ class ScoredBlock:
     outcomes: Outcomes
     forward: Callable[[int, Tensor], Tensor]
     image_masks: Sequence[Tensor] | None = None
-    answers_at: Sequence[Tensor] | None = None
     entering: Callable[[int], Tensor] | None = None
 
 

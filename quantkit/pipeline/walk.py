@@ -104,9 +104,7 @@ class Walk:
         for index in range(len(self.skeleton.blocks)):
             module = self.skeleton.load_block(index, self.device, self.dtype)
             outcomes, forward = self._outcomes(index, module), partial(self._forward, index, module)
-            masks, answers_at = self.image_masks, self.calibration.answers_at if self.calibration else None
-            entering = self.hidden.__getitem__
-            yield ScoredBlock(module, len(self.hidden), outcomes, forward, masks, answers_at, entering)
+            yield ScoredBlock(module, len(self.hidden), outcomes, forward, self.image_masks, self.hidden.__getitem__)
             self.skeleton.release_block(index)
         self.calls = None
 

@@ -45,18 +45,6 @@ def test_masks_fit_the_inputs(folder: Path) -> None:
     assert calibration.to_json()["text_tokens"] == 4 * 26
 
 
-def test_positions_that_predict_answers(folder: Path) -> None:
-    """What follows each position is the answer and the end; where nothing is asked, all text tokens but the first."""
-    write_metadata(folder, [{"file_name": "0.png", "qa": [{"question": "what?", "answer": "red"}]}, {"text": "some"}])
-    calibration = load(folder, n_samples=2)
-    with_answer, without = calibration.answers_at
-    ids = [inputs["input_ids"][0] for inputs in calibration.inputs()]
-    tokenizer = tiny_processor("llava").tokenizer
-    assert tokenizer.decode(ids[0][with_answer + 1]) == f" red{tokenizer.eos_token}"
-    assert int(with_answer[-1]) == len(ids[0]) - 2
-    assert without.tolist() == [1, 2, 3]
-
-
 def test_the_fingerprint_sees_pictures_texts_and_order(folder: Path) -> None:
     variants: list[dict[str, Any]] = [{}, {"n_samples": 5}, {"template": "{image}{question}"}]
     prints = [load(folder, **options).fingerprint for options in variants]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantkit.models.structure import Block, Linear
 from quantkit.pipeline.budget import Choice, choices_of, units_of
-from quantkit.pipeline.measure import Propagation, probe_samples
+from quantkit.pipeline.measure import Propagation, compared_rows, probe_samples
 from quantkit.pipeline.scored import ScoredBlock
 from quantkit.recipe import resolve
 
@@ -106,23 +106,25 @@ def test_a_block_without_linears_passes_the_streams_on() -> None:
 
 
 @torch.no_grad()
-def test_only_what_is_asked_for_counts() -> None:
-    """Rows are compared where answers are predicted; an error that reaches none of them costs nothing."""
+def test_only_text_tokens_count() -> None:
+    mask = torch.tensor([False, True, True, False, False])
+    assert compared_rows(5, mask).tolist() == [3, 4]
+    assert compared_rows(5, None).tolist() == [1, 2, 3, 4]
+    assert compared_rows(3, torch.ones(3, dtype=torch.bool)).tolist() == []
+    assert len(compared_rows(2048, None)) == 256
     recipe = resolve("casp", bits=2.5, group_size=WIDTH, settings=["keep_ratio=1", "solver=rtn", "grid=minmax"])
-    found = []
-    for positions in ([5, 6], [7], list(range(1, 24)), None):
-        at = None if positions is None else [torch.tensor(positions)] * 4
-        propagation = Propagation(recipe, choices_of(recipe, [2, 3]), at)
-        propagation.look_at(units_of(blocks_of(1), recipe)[0], scored(Residual(0.5, 0), samples()))
-        found.append(propagation.losses(predict)[0][0])
-    assert found[2] == found[3]
-    assert len(set(found)) == 3
-    assert all(loss > 0 for loss in found)
+    masks, everywhere = [torch.ones(24, dtype=torch.bool)] * 4, []
+    for image in (masks, None):
+        propagation = Propagation(recipe, choices_of(recipe, [2, 3]), image)
+        propagation.look_at(units_of(blocks_of(1), recipe)[0], scored(Residual(0.5, 0), samples(), image))
+        everywhere.append(propagation.losses(predict)[0][0])
+    assert everywhere[0] == 0
+    assert everywhere[1] > 0
 
 
 def test_probes_are_spread() -> None:
     assert probe_samples(3) == [0, 1, 2]
-    assert probe_samples(48) == list(range(0, 48, 3))
+    assert probe_samples(48) == list(range(0, 48, 4))
 
 
 def test_every_ratio_is_a_choice() -> None:
