@@ -23,7 +23,7 @@ from quantkit.kernels.kv_attention import Part
 
 MAX_SPLITS = 246  # of all segments: with those of tokens in 16 bits 256 slots at most, which merge reads at once
 HEAD_DIMS = (64, 128, 256)
-_RESIDENT = {2: 9, 4: 5, 8: 3}  # programs of a multiprocessor, by bits: what registers and memory leave room for
+_RESIDENT = {2: 9, 4: 4, 8: 3}  # programs of a multiprocessor, by bits: what registers and memory leave room for
 _LOG2_E = 1.4426950408889634
 _MERGE_TILE = 1 << 13  # numbers that a program of the merge holds at once
 ON_DEVICE = {"ASM": True, "launch_pdl": True}  # a launch begins before the one that it waits for has ended
@@ -96,13 +96,17 @@ def _one_scale(grid: GridSpec, head_dim: int) -> bool:
 
 
 def choose_config(pages: Sequence[Pages]) -> DecodeConfig:
-    """As many programs as an H200 (132 multiprocessors) holds at once, each with the same number of pages."""
+    """As many programs as an H200 (132 multiprocessors) holds at once, each with the same number of pages; what was
+    fastest at 8,192, 32,768 and 131,072 tokens of 8 heads (docs/results.md)."""
     widest = max(each.spec.bits for each in pages)
-    resident = 4 if len(pages) > 1 else _RESIDENT[widest]
-    most = max(1, min(MAX_SPLITS, 132 * resident // pages[0].spec.heads - 3))
-    per = -(-sum(each.count for each in pages) // most)
+    total = sum(each.count for each in pages)
+    most = max(1, min(MAX_SPLITS, 132 * _RESIDENT[widest] // pages[0].spec.heads - 2))
+    per = -(-total // most)
+    if per > 8 and most > 3:  # long splits: the programs of the tokens in 16 bits have to be held at once with them
+        per = -(-total // (most - 3))
     splits = tuple(-(-each.count // per) for each in pages)
-    return DecodeConfig(splits=splits, warps=1 if widest == 2 else 2, ahead=widest > 2)
+    warps = 1 if widest == 2 else 2
+    return DecodeConfig(splits=splits, warps=warps, stages=2 if per <= 2 else 3, ahead=widest > 2 and per > 2)
 
 
 Launch = tuple[str, tuple[int, int, int], dict[str, Any]]  # the kernel's name, grid, arguments, all but `ON_DEVICE`

@@ -70,9 +70,10 @@ def test_a_graph_replays_at_other_lengths():
 
 
 def test_a_graph_takes_in_tokens_one_after_the_other():
-    """The count of tokens in 16 bits is on the device, and so is the place of the next one."""
-    case = filled("akvq-vl", n=600, head_dim=128, device="cuda")
-    other = filled("akvq-vl", n=600, head_dim=128, device="cuda").sequence
+    """The count of tokens in 16 bits is on the device, and so is the place of the next one. None leaves the window."""
+    case = filled("akvq-vl", n=580, head_dim=128, device="cuda")
+    other = filled("akvq-vl", n=580, head_dim=128, device="cuda").sequence
+    assert other.n_recent + 12 < 64
     tokens = torch.randn(12, 2, 1, 2, 1, 128, generator=torch.Generator().manual_seed(0)).cuda()
     token, decoder, query = tokens[0].clone(), Decoder(), case.query.view(1, -1, 1, 128)
     decoder.run(case.query, case.scaling, case.cache, new=(token[0], token[1]))  # compiles, and takes one in
