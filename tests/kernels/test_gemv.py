@@ -26,6 +26,14 @@ def test_groups_of_which_two_planes_are_a_part(group_size, paired):
         assert all(group_size % (2 * segment.plane_width) == 0 for segment in planar_segments(spec))
 
 
+def test_one_width():
+    """Other widths would leave most threads of a program without words; the tensor core's kernel takes them."""
+    x = torch.zeros(1, 384, dtype=torch.float16)
+    shape = {"out_features": 8, "in_features": 384, "group_size": 128, "symmetric": True}
+    assert not has_gemv(x, GroupedIntSpec(**shape, segments=((2, 1), (3, 2))))
+    assert has_gemv(x, GroupedIntSpec(**shape, segments=((6, 1), (8, 2))))
+
+
 def test_few_rows_of_half_precision():
     spec = layer(4, 64, 256)
     for m in range(4):
