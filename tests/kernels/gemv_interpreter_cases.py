@@ -12,7 +12,7 @@ from packed_weights import activations, product_and_bound, random_weight, roundi
 from quantkit.formats.grouped_int import pack
 from quantkit.kernels import gemv_triton
 from quantkit.kernels.gemv import choose_gemv, gemv_launch, has_gemv
-from quantkit.kernels.planar import to_planar
+from quantkit.kernels.planar import is_paired, to_planar
 
 WIDTHS = [1, 2, 3, 4, 8]
 
@@ -21,7 +21,7 @@ def run(weight, x, *, bias=None, out_dtype=torch.float32, **shape):
     """The kernel between guard bands, the result filled with NaN before; tiles of four rows, for speed."""
     spec = weight.spec()
     config = replace(choose_gemv(spec), **{"rows": 4} | shape)
-    assert has_gemv(x[:1], spec)
+    assert is_paired(spec)
     tensors = to_planar(spec, pack(weight))
     out = torch.full((len(x), spec.out_features), float("nan"), dtype=out_dtype)
     held = {name: guarded(tensor) for name, tensor in {"x": x, "out": out, **tensors}.items()}
