@@ -33,9 +33,14 @@ def plot_kernels(report: dict[str, Any], file: Path) -> None:
     for panel, shape in zip(panels[0], shapes, strict=True):
         here = [cell for cell in cells if (cell["out_features"], cell["in_features"]) == shape]
         for name in names:
-            times = [[each["microseconds"] for each in cell["results"] if each["name"] == name] for cell in here]
-            drawn = [(place, found[0]) for place, found in enumerate(times) if found]
-            panel.plot(*zip(*drawn, strict=True), "D" if name == "quantkit" else "o", label=name)
+            found = [
+                (place, each["microseconds"])
+                for place, cell in enumerate(here)
+                for each in cell["results"]
+                if each["name"] == name
+            ]
+            places, times = [place for place, _ in found], [time for _, time in found]
+            panel.plot(places, times, "D" if name == "quantkit" else "o", label=name)
         panel.plot(range(len(here)), [cell["floor_us"] for cell in here], "k_", markersize=14, label="floor")
         panel.set_xticks(range(len(here)), [cell["format"] for cell in here], rotation=45, ha="right")
         panel.set_title(f"{shape[0]} x {shape[1]}, {fewest} token{'s' if fewest > 1 else ''}")

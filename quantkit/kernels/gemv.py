@@ -52,7 +52,9 @@ def choose_gemv(spec: GroupedIntSpec) -> GemvConfig:
     spans = len(segments) == 1 and threads <= 32 * warps
     many = padded_rows(spec) // 8 >= _MANY_TILES * min(warps, 2)
     fits = segments[0].bits != 3  # two tiles of three parts spill registers
-    return GemvConfig(warps=warps, tiles=2 if spans and many and fits else 1)
+    # the code of several widths fills the registers: half the rows, or they spill
+    rows = 8 if len(segments) == 1 else 4
+    return GemvConfig(rows=rows, warps=warps, tiles=2 if spans and many and fits else 1)
 
 
 def gemv(

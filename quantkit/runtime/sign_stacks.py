@@ -11,6 +11,7 @@ Several tokens (a prompt) are multiplied sibling by sibling, each with its own r
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -87,7 +88,7 @@ class OwnRows(nn.Module):
         return linear(x, dequantize_rows(self.spec, self.tensors(), first, last, x.dtype))
 
 
-class SignStack(nn.Module):
+class SignStack(nn.Module, ABC):
     """What both formats share: copies of a token, and a prompt sibling by sibling."""
 
     bias: Tensor | None
@@ -108,12 +109,13 @@ class SignStack(nn.Module):
         out = torch.cat([self.several(pad(x, (0, 1)), sibling) for sibling in range(len(self.sizes))], 1)
         return out if self.bias is None else out + self.bias
 
+    @abstractmethod
     def one(self, copies: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Results of all siblings, ``[1, rows]``, from their copies of one token."""
 
+    @abstractmethod
     def several(self, padded: Tensor, sibling: int) -> Tensor:
-        """Tokens ``[m, in + 1]``, the last column zero."""
-        raise NotImplementedError
+        """Results of one sibling for tokens ``[m, in + 1]``, the last column zero; without bias."""
 
 
 def columns_of(padded: Tensor, order: Tensor, scales: Tensor) -> Tensor:
