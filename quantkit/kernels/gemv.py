@@ -32,8 +32,7 @@ class GemvConfig:
 def has_gemv(x: Tensor, spec: GroupedIntSpec) -> bool:
     """Whether the kernels are the choice for ``x`` [m, in] and the weight.
 
-    They take several widths too, but slowly: each leaves the threads of the others idle (36 microseconds for a mixture
-    of 1, 2 and 3 bits of 14336 x 4096 on an H200, 8 for 2 bits alone).
+    They take several widths too, but each leaves the threads of the others idle (docs/results.md).
     """
     few = len(x) <= MAX_GEMV_TOKENS and x.dtype in _HALF_TYPES
     return few and is_paired(spec) and len(planar_segments(spec)) == 1
