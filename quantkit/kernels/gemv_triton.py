@@ -5,14 +5,12 @@ walk over rows. x is cut into two slices of eight bits for each thread's columns
 
     x  ~  scale * (256 * high + low),     |256 * high + low| <= 32512,     high, low: signed bytes
 
-so every product is one of bytes, summed exactly in 32 bits by `dp4a`. The scale is the largest of some 64
-neighbouring values, hence the slices keep what bfloat16 holds and nearly all that float16 does. One AND over two
-packed words yields four bytes of one group (planes 2i and 2i + 1): the codes as they are, times 2**p for a field at bit
-p, which goes into a float factor. All loads of a row tile are issued before the first is used: time goes to latency and
-instructions, not to bandwidth, in a matrix of few megabytes.
+whose products with packed fields are exact in 32 bits (byte_products_triton.py). The scale is the largest of some 64
+neighbouring values, hence the slices keep what bfloat16 holds and nearly all that float16 does. All loads of a row tile
+are issued before the first is used: time goes to latency and instructions, not to bandwidth, in a matrix of few
+megabytes.
 
 Several rows of x are several programs for each tile; from about three on the tensor core is faster.
-`ASM=False` replaces the inline PTX by Triton operations with the same result, for the interpreter.
 """
 
 # ruff: noqa: RUF005 - tuples are built by addition: Triton does not unpack
@@ -24,142 +22,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-TINY = tl.constexpr(2.0**-100)  # below this x is rounded to multiples of a fixed unit, whose inverse is a float32
-
-
-@triton.constexpr_function
-def _pairs(bits):
-    """Pairs of planes in a block; both planes of a pair belong to one group."""
-    return 8 if bits == 3 else 8 // bits
-
-
-@triton.constexpr_function
-def _position(bits, pair):
-    """First bit of the pair's field in its byte; 3 bits: 0 once it is assembled from spare bits."""
-    if bits == 3:
-        return 0 if pair >= 6 else pair % 2 * 3
-    return pair * bits
-
-
-@triton.constexpr_function
-def _mask(bits, pair):
-    """The field's bits in each of four bytes; -1 if nothing else is in them."""
-    if bits == 8 or (bits == 3 and pair >= 6):
-        return -1
-    return ((1 << bits) - 1 << _position(bits, pair)) * 0x01010101
-
-
-@triton.constexpr_function
-def _unit(bits, pair):
-    """The factor that takes the field back to its code."""
-    return 1.0 / (1 << _position(bits, pair))
-
-
-@triton.constexpr_function
-def _dot_asm(mask):
-    """PTX: 256 times the dot product of 16 masked bytes with the high slices, plus that with the low slices."""
-    lines = []
-    for word in range(4):
-        lines.append(f"mov.b32 t{word},${word + 1};" if mask == -1 else f"and.b32 t{word},${word + 1},0x{mask:08x};")
-    for word in range(4):
-        high, low = ("0", "0") if word == 0 else ("h", "l")
-        lines.append(f"dp4a.u32.s32 h,t{word},${word + 5},{high}; dp4a.u32.s32 l,t{word},${word + 9},{low};")
-    return "{.reg .b32 t0,t1,t2,t3; .reg .s32 h,l; " + " ".join(lines) + " mad.lo.s32 $0,h,256,l;}"
-
-
-@triton.constexpr_function
-def _slice_asm(bf16):
-    """PTX: two words, each of two neighbouring values of x, to four high and four low bytes.
-
-    12583040 = 1.5 * 2**23 + 128: adding it leaves the rounded value + 128 in the last bits. Its second byte is the high
-    slice, its first one the low slice with the sign flipped.
-    """
-    if bf16:
-        text = "shl.b32 a,$2,16; shl.b32 b,$3,16; and.b32 c,$2,0xffff0000; and.b32 d,$3,0xffff0000; "
-    else:
-        text = "{.reg .b16 u,v; mov.b32 {u,v},$2; cvt.f32.f16 a,u; cvt.f32.f16 c,v; "
-        text += "mov.b32 {u,v},$3; cvt.f32.f16 b,u; cvt.f32.f16 d,v;} "
-    for value in "abcd":
-        text += f"fma.rn.f32 {value},{value},$4,0f4B400080; "
-    text += "prmt.b32 t,a,b,0x0051; prmt.b32 s,c,d,0x0051; prmt.b32 $0,t,s,0x5410; "
-    text += "prmt.b32 t,a,b,0x0040; prmt.b32 s,c,d,0x0040; prmt.b32 t,t,s,0x5410; xor.b32 $1,t,0x80808080;"
-    return "{.reg .b32 a,b,c,d,t,s; " + text + "}"
-
-
-@triton.jit
-def _signed_byte(word, BYTE: tl.constexpr):
-    return (word << (24 - 8 * BYTE)) >> 24
-
-
-@triton.jit
-def _four(words):
-    """[threads, 4] to its four columns, without leaving registers."""
-    evens, odds = tl.split(tl.reshape(words, (words.shape[0], 2, 2)))
-    first, third = tl.split(evens)
-    second, fourth = tl.split(odds)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _dot(words, highs, lows, MASK: tl.constexpr, ASM: tl.constexpr):
-    """int32 [threads]: four words of packed bytes times the slices of their columns, each [threads, 4]."""
-    if ASM:
-        w0, w1, w2, w3 = _four(words)
-        h0, h1, h2, h3 = _four(highs)
-        l0, l1, l2, l3 = _four(lows)
-        TEXT: tl.constexpr = _dot_asm(MASK)
-        operands = [w0, w1, w2, w3, h0, h1, h2, h3, l0, l1, l2, l3]
-        layout: tl.constexpr = "=r,r,r,r,r,r,r,r,r,r,r,r,r"
-        return tl.inline_asm_elementwise(TEXT, layout, operands, dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        total = tl.zeros_like(words)
-        for byte in tl.static_range(4):
-            code = (words >> (8 * byte)) & (MASK & 0xFF)
-            total += code * (256 * _signed_byte(highs, byte) + _signed_byte(lows, byte))
-        return tl.sum(total, 1)
-
-
-@triton.jit
-def _to_float(half, BF16: tl.constexpr):
-    """The low 16 bits of an int32, as the number that they are."""
-    if BF16:
-        return (half << 16).to(tl.float32, bitcast=True)
-    else:
-        return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _larger(largest, word, ASM: tl.constexpr):
-    """Both 16-bit halves: the larger of ``largest`` and the magnitude in ``word``. NaN counts as the largest."""
-    if ASM:
-        TEXT: tl.constexpr = "{.reg .b32 t; and.b32 t,$2,0x7fff7fff; max.u16x2 $0,$1,t;}"
-        return tl.inline_asm_elementwise(TEXT, "=r,r,r", [largest, word], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        low = tl.maximum(largest & 0xFFFF, word & 0x7FFF)
-        return low | (tl.maximum(largest >> 16, (word >> 16) & 0x7FFF) << 16)
-
-
-@triton.jit
-def _rounded(half, inverse, BF16: tl.constexpr):
-    return (_to_float(half & 0xFFFF, BF16) * inverse + 12583040.0).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _slices(even, odd, inverse, BF16: tl.constexpr, ASM: tl.constexpr):
-    """Words of x at two neighbouring columns of an even and an odd plane to high and low slices, byte by byte."""
-    if ASM:
-        TEXT: tl.constexpr = _slice_asm(BF16)
-        return tl.inline_asm_elementwise(
-            TEXT, "=r,=r,r,r,r", [even, odd, inverse], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-        )
-    else:
-        a = _rounded(even, inverse, BF16)
-        b = _rounded(odd, inverse, BF16)
-        c = _rounded(even >> 16, inverse, BF16)
-        d = _rounded(odd >> 16, inverse, BF16)
-        high = ((a >> 8) & 0xFF) | (b & 0xFF00) | ((c & 0xFF00) << 8) | ((d & 0xFF00) << 16)
-        low = (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | ((d & 0xFF) << 24)
-        return high, low ^ -2139062144  # 0x80808080
+from quantkit.kernels.byte_products_triton import (
+    TINY,
+    byte_dot,
+    byte_slices,
+    field_mask,
+    field_unit,
+    half_to_float,
+    larger_half,
+    pairs_of,
+)
 
 
 @triton.jit
@@ -171,7 +43,7 @@ def _sliced_x(
 
     ``x`` is read as int32, two values at a time.
     """
-    PAIRS: tl.constexpr = _pairs(BITS)
+    PAIRS: tl.constexpr = pairs_of(BITS)
     block = thread // (WIDTH // 8)
     inner = (thread % (WIDTH // 8))[:, None] * 4 + tl.arange(0, 4)[None, :]
     largest = tl.zeros((thread.shape[0], 4), tl.int32)
@@ -190,10 +62,10 @@ def _sliced_x(
         words = x + tl.multiple_of(column // 2, 8)[:, None] + inner
         even = tl.load(words, mask=inside[:, None], other=0)
         odd = tl.load(words + WIDTH // 2, mask=inside[:, None], other=0)
-        largest = _larger(_larger(largest, even, ASM), odd, ASM)
+        largest = larger_half(larger_half(largest, even, ASM), odd, ASM)
         evens = evens + (even,)
         odds = odds + (odd,)
-    top = _to_float(tl.max(tl.maximum(largest & 0xFFFF, largest >> 16), 1), BF16)
+    top = half_to_float(tl.max(tl.maximum(largest & 0xFFFF, largest >> 16), 1), BF16)
     top = tl.where(top < TINY, TINY, top)  # NaN stays
     inverse = (32512.0 / top)[:, None]
     ones = tl.full((thread.shape[0], 4), 0x01010101, tl.int32)
@@ -201,10 +73,10 @@ def _sliced_x(
     lows = ()
     sums = ()
     for pair in tl.static_range(PAIRS):
-        high, low = _slices(evens[pair], odds[pair], inverse, BF16, ASM)
+        high, low = byte_slices(evens[pair], odds[pair], inverse, BF16, ASM)
         highs = highs + (high,)
         lows = lows + (low,)
-        sums = sums + (_dot(ones, high, low, -1, ASM).to(tl.float32),)
+        sums = sums + (byte_dot(ones, high, low, -1, ASM).to(tl.float32),)
     return highs, lows, sums, top * (1.0 / 32512.0)
 
 
@@ -232,8 +104,8 @@ def _load_factors(
 ):  # fmt: skip
     """Scales (or zeros) of each pair's group, four rows to a number, [threads]."""
     loaded = ()
-    for pair in tl.static_range(_pairs(BITS)):
-        group = first_group + (thread // (WIDTH // 8) * (2 * _pairs(BITS)) + 2 * pair) * WIDTH // GROUP
+    for pair in tl.static_range(pairs_of(BITS)):
+        group = first_group + (thread // (WIDTH // 8) * (2 * pairs_of(BITS)) + 2 * pair) * WIDTH // GROUP
         for quad in tl.static_range(ROWS // 4):
             loaded = loaded + (tl.load(numbers + group * stride4 + first_row // 4 + quad, mask=valid, other=0),)
     return loaded
@@ -271,14 +143,16 @@ def _row_sums(
     totals = ()
     for row in tl.static_range(ROWS):
         total = tl.zeros_like(sums[0])
-        for pair in tl.static_range(_pairs(BITS)):
-            product = _dot(_row_words(loaded, row, pair, BITS), highs[pair], lows[pair], _mask(BITS, pair), ASM)
+        for pair in tl.static_range(pairs_of(BITS)):
+            product = byte_dot(
+                _row_words(loaded, row, pair, BITS), highs[pair], lows[pair], field_mask(BITS, pair), ASM
+            )
             scale = _factor(scales[pair * QUADS + row // 4], row % 4)
             if ZERO is None:
                 offset = sums[pair] * _factor(zeros[pair * QUADS + row // 4], row % 4)
             else:
                 offset = sums[pair] * ZERO
-            total += (product.to(tl.float32) * _unit(BITS, pair) - offset) * scale
+            total += (product.to(tl.float32) * field_unit(BITS, pair) - offset) * scale
         totals = totals + (total,)
     return totals
 
