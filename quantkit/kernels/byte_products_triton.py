@@ -3,7 +3,7 @@
     x  ~  scale * (256 * high + low),     |256 * high + low| <= 32512
 
 Every product is one of bytes, summed exactly in 32 bits by `dp4a`. One AND over two packed words yields four bytes of
-one group (planes 2i and 2i + 1): the codes as they are, times 2**p for a field at bit p, which goes into a float factor.
+one group (planes 2i and 2i + 1): the codes as they are, times 2**p for a field at bit p, which goes into a factor.
 `ASM=False` replaces the inline PTX by Triton operations with the same result, for the interpreter.
 """
 
