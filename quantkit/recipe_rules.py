@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from quantkit.algorithms.pages import BOA_SETTINGS, TRAINING_SETTINGS
 from quantkit.algorithms.registry import ALLOCATORS, GRID_CHOICES, METHODS, REFINEMENTS, SOLVERS, TRANSFORMS
 from quantkit.errors import RequestError, did_you_mean
 
@@ -29,18 +30,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 BASES = ("gptq", "rtn", "refined", "slim")  # methods without an allocator over blocks, for one linear after the other
 _LINEAR_ALLOCATORS = ("zd", "error", "adaptive", "random")  # those that can tell the linears of a block apart
-_TRAINING_SETTINGS = (
-    "steps",
-    "batch",
-    "accumulate",
-    "lr",
-    "intermediate",
-    "also_train",
-    "train_samples",
-    "check_every",
-    "patience",
-)
-_LITTLEBIT_SETTINGS = ("paths", "sign_rounds", *_TRAINING_SETTINGS)
+_LITTLEBIT_SETTINGS = ("paths", "sign_rounds", *TRAINING_SETTINGS)
 _NOT_LITTLEBIT = (
     "symmetric",
     "allocator",
@@ -50,16 +40,6 @@ _NOT_LITTLEBIT = (
     "sequential",
     "group_size",
     "keep_ratio",
-)
-_BOA_SETTINGS = (
-    "row_damping",
-    "block_v",
-    "v_row_factor",
-    "qk_metric",
-    "center_keys",
-    "row_order",
-    "joint_rows",
-    "late_grids",
 )
 RESTORE_SETTINGS = ("restore_steps", "restore_rank", "restore_lr")
 _PTQ161_SETTINGS = (
@@ -129,7 +109,7 @@ def _check_littlebit(recipe: Recipe) -> None:
 
 def _check_training(recipe: Recipe) -> None:
     if not recipe.trains:
-        _refuse_changed(recipe, _TRAINING_SETTINGS, "is a setting of training; add --set refine=qat")
+        _refuse_changed(recipe, TRAINING_SETTINGS, "is a setting of training; add --set refine=qat")
         return
     if recipe.transform != "none":
         raise RequestError(f"transform={recipe.transform} does not go with refine=qat, which trains the model as it is")
@@ -218,7 +198,7 @@ def _check_factors(recipe: Recipe) -> None:
 def _check_boa(recipe: Recipe) -> None:
     if recipe.solver == "boa":
         return
-    _refuse_changed(recipe, _BOA_SETTINGS, "is a setting of solver=boa; use --method boa")
+    _refuse_changed(recipe, BOA_SETTINGS, "is a setting of solver=boa; use --method boa")
 
 
 def _check_restore(recipe: Recipe) -> None:

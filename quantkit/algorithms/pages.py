@@ -70,7 +70,17 @@ FIGURES: tuple[Figure, ...] = (
 
 _GPTQ = ("grid", "damping", "act_order", "sequential", "correction", "refine", "transform", "rotate_values")
 _BUDGET = ("bpw", "lo", "hi", "granularity", "tie", "reverse", "solver", "grid", "transform", "rotate_values")
-_TRAINING = (
+BOA_SETTINGS = (
+    "row_damping",
+    "block_v",
+    "v_row_factor",
+    "qk_metric",
+    "center_keys",
+    "row_order",
+    "joint_rows",
+    "late_grids",
+)
+TRAINING_SETTINGS = (
     "steps",
     "batch",
     "accumulate",
@@ -176,17 +186,7 @@ PAGES: dict[str, Page] = {
             Where a block's attention is not recognized (a bias on the logits, latent attention), a note says so and
             GPTQ quantizes all of that block. With little calibration text it overfits: `damping` holds it back.
         """,
-        settings=(
-            "row_damping",
-            "block_v",
-            "v_row_factor",
-            "qk_metric",
-            "center_keys",
-            "row_order",
-            "joint_rows",
-            "late_grids",
-            *_GPTQ,
-        ),
+        settings=(*BOA_SETTINGS, *_GPTQ),
     ),
     "turboboa": Page(
         authors="the authors of BoA: TurboBoA, ICLR 2026",
@@ -268,7 +268,7 @@ PAGES: dict[str, Page] = {
             target that is out of reach is refused with the least that is possible. Embeddings and head dominate the
             file; `also_train=all` trains them, at their 16 bits, and was no better at 0.55 bits in a short run.
         """,
-        settings=("refine", *_TRAINING, "paths", "sign_rounds", "damping", "transform"),
+        settings=("refine", *TRAINING_SETTINGS, "paths", "sign_rounds", "damping", "transform"),
     ),
     "layerwise": Page(
         authors="Dumitru et al.: Layer-wise quantization beyond integer-bit levels, 2024",

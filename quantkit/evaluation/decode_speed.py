@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from quantkit.errors import RequestError, did_you_mean
-from quantkit.evaluation.gpu_timing import REPLAYS, environment, percentiles, require_gpu
+from quantkit.evaluation.gpu_timing import REPLAYS, call_microseconds, environment, percentiles, require_gpu
 from quantkit.evaluation.random_models import random_llama
 from quantkit.runtime.graphs import GraphDecoder
 from quantkit.runtime.loading import load
@@ -101,15 +101,7 @@ def _time(model: Any, kind: str, context: int, max_length: int, replays: int) ->
     step = torch.inference_mode()(decoder._step) if kind == "eager" else decoder.step
     for _ in range(5):
         step()
-    times = []
-    for _ in range(replays):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        step()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    found = percentiles(times)
+    found = percentiles([call_microseconds(step) for _ in range(replays)])
     assert decoder.logits is not None
     assert bool(torch.isfinite(decoder.logits).all())
     return {

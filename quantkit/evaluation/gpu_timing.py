@@ -74,14 +74,20 @@ def replay_in_turns(graphs: Sequence[torch.cuda.CUDAGraph], replays: int = REPLA
     times: list[list[float]] = [[] for _ in graphs]
     for replay in range(WARM_UPS + replays):
         for graph, column in zip(graphs, times, strict=True):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            graph.replay()
-            stop.record()
-            stop.synchronize()
+            microseconds = call_microseconds(graph.replay)
             if replay >= WARM_UPS:
-                column.append(start.elapsed_time(stop) * 1e3)
+                column.append(microseconds)
     return times
+
+
+def call_microseconds(call: Callable[[], object]) -> float:
+    """Microseconds on the device of what one call launches, between a pair of events."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    call()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) * 1e3
 
 
 def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -133,23 +139,10 @@ def ceilings() -> dict[str, float]:
     factor = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     product = capture([lambda: factor @ factor] * 4)
     times = [percentiles(column)["microseconds"] for column in replay_in_turns([empty, read, product], 10)]
-    copies = _eager_microseconds(lambda: target.copy_(source), 10)
+    copies = sorted(call_microseconds(lambda: target.copy_(source)) for _ in range(10))[5]
     return {
         "copy_tb_s": 2 * source.nbytes / copies / 1e6,  # not in a graph: a copy node there is slower than a kernel
         "read_tb_s": source.nbytes / times[1] / 1e6,
         "bf16_tflop_s": 4 * 2 * 8192**3 / times[2] / 1e6,
         "t0_us": times[0] / 1000,
     }
-
-
-def _eager_microseconds(call: Call, repeats: int) -> float:
-    """Median over repeats, each between its own pair of events."""
-    times: list[float] = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    return sorted(times)[repeats // 2]

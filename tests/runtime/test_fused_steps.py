@@ -8,6 +8,7 @@ import pytest
 import torch
 from packed_weights import activations
 from sign_weights import random_sign_factors, random_sign_salient
+from small_llama import PROMPT, SHAPE
 from tiny_models import tiny_model
 from torch import nn
 
@@ -22,16 +23,6 @@ from quantkit.runtime.loading import load
 from quantkit.runtime.packed_linear import PackedLinear
 from quantkit.runtime.sign_stacks import FactorStack, SalientStack
 from quantkit.runtime.stacking import Joined, Moved, stack_linears, stack_tensors
-
-SHAPE = {
-    "hidden_size": 1024,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-}
-PROMPT = torch.arange(7, 12)[None]
 
 
 @pytest.mark.parametrize(

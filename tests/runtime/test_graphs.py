@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from packed_models import pack_folder
+from small_llama import PROMPT, SHAPE
 from tiny_models import tiny_model
 from transformers import CompileConfig
 
@@ -13,16 +14,6 @@ from quantkit.evaluation.random_models import random_llama
 from quantkit.runtime.graphs import GraphDecoder
 from quantkit.runtime.loading import load
 from quantkit.runtime.packed_linear import PackedLinear
-
-SHAPE = {
-    "hidden_size": 1024,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-}
-PROMPT = torch.arange(7, 12)[None]
 
 
 def model_of(format, device="cpu", dtype=torch.float32):
