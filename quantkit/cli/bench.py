@@ -100,6 +100,29 @@ def kernels(
         _show_kernels(report)
 
 
+@bench.command(epilog="Example: quantkit bench tune --shape 11008x4096 --bits 4")
+def tune(
+    shape: Shapes = None,
+    bits: Bits = None,
+    tokens: Tokens = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the fastest launch shapes of the kernels on this GPU, and use them from now on."""
+    from quantkit.evaluation.launch_tuning import tune as tune_launches
+
+    given = {"shapes": [_parse_shape(text) for text in shape or ()], "widths": bits, "tokens": tokens}
+    busy("measuring")
+    report = tune_launches(
+        **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
+        progress=lambda row: note(_tuned_line(row)),
+    )
+    if as_json:
+        print_json(report)
+    else:
+        results().print(f"{len(report['rows'])} launch shapes for {report['device']} in {report['file']}")
+
+
 @bench.command(epilog="Example: quantkit bench decode --variant bf16 --variant int2")
 def decode(
     variant: Variants = None,
@@ -154,6 +177,13 @@ def _cell_line(cell: dict[str, Any]) -> str:
     times = ", ".join(f"{each['name']} {each['microseconds']:.2f}" for each in cell["results"])
     shape = f"{cell['out_features']}x{cell['in_features']}"
     return f"{shape} {cell['format']}, {cell['tokens']} tokens: {times} µs"
+
+
+def _tuned_line(row: dict[str, Any]) -> str:
+    shape = ", ".join(f"{name} {value}" for name, value in row["shape"].items())
+    gain = f"{row['microseconds']:.2f} µs, computed {row['computed_microseconds']:.2f}"
+    weight = f"{row['out_features']}x{row['in_features']} int{row['bits']}, {row['tokens']} tokens"
+    return f"{row['kernel']} {weight}: {shape}: {gain} ({row['candidates']} measured)"
 
 
 def _show_kernels(report: dict[str, Any]) -> None:

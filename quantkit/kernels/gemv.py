@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -10,13 +11,16 @@ from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.kernels.launch import early_launch
-from quantkit.kernels.planar import PlanarSegment, is_paired, padded_rows, planar_segments
+from quantkit.kernels.launch_shapes import Subject, device_name, measured_config
+from quantkit.kernels.planar import ROW_TILE, PlanarSegment, is_paired, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
 MAX_GEMV_TOKENS = 2
 COPY_ROWS = 16  # of a weight, that take the same row of x where each takes one of its own
 _MAX_WARPS = 4  # a program's threads lie along a row; more wait for each other longer than they help
 _MANY_TILES = 1024  # of rows; with more (two warps: twice as many) a program does two and prepares x once
+_CANDIDATES = {"warps": (1, 2, 4, 8, 16), "rows": (4, 8, 16), "tiles": (1, 2, 4, 8)}
+_REGISTERS = 200  # for words in flight and slices of x: a thread has 255 in all
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -43,8 +47,48 @@ def row_threads(segment: PlanarSegment) -> int:
     return segment.row_words // (24 if segment.bits == 3 else 8)
 
 
+def launch_config(spec: GroupedIntSpec, device: str) -> GemvConfig:
+    """The launch shape measured for the weight's class on a device of that name, else `choose_gemv`'s."""
+    measured = measured_config(GemvConfig, subject(spec), device) if len(spec.segments) == 1 else None
+    return measured if measured is not None and is_possible(measured, spec) else choose_gemv(spec)
+
+
+def subject(spec: GroupedIntSpec) -> Subject:
+    """What a measured launch shape of a weight of one width is filed under."""
+    bits = planar_segments(spec)[0].bits
+    return Subject(kernel="gemv", bits=bits, out_features=spec.out_features, in_features=spec.in_features)
+
+
+def is_possible(config: GemvConfig, spec: GroupedIntSpec) -> bool:
+    """Whether the kernels can run in this shape."""
+    segments = planar_segments(spec)
+    spans = len(segments) == 1 and row_threads(segments[0]) <= 32 * config.warps
+    powers = all(number & (number - 1) == 0 for number in (config.rows, config.warps))
+    return powers and 4 <= config.rows <= ROW_TILE and (config.tiles == 1 or spans)
+
+
+def gemv_candidates(spec: GroupedIntSpec, multiprocessors: int) -> list[GemvConfig]:
+    """Launch shapes worth measuring for a weight of one width.
+
+    Left out is what cannot be the fastest: more idle threads than busy ones, fewer programs than multiprocessors, more
+    words in flight than registers hold.
+    """
+    (segment,) = planar_segments(spec)
+    threads, parts = row_threads(segment), 3 if segment.bits == 3 else 1
+    found = []
+    for warps, rows, tiles in product(*_CANDIDATES.values()):
+        config = GemvConfig(rows=rows, warps=warps, tiles=tiles)
+        slices = 2 * 4 * (segment.planes_per_block // 2)
+        words = 4 * rows * parts * (2 if tiles > 1 else 1)
+        idle = warps > 1 and threads <= 16 * warps
+        programs = padded_rows(spec) // (rows * tiles)
+        if is_possible(config, spec) and not idle and programs >= multiprocessors and slices + words <= _REGISTERS:
+            found.append(config)
+    return found
+
+
 def choose_gemv(spec: GroupedIntSpec) -> GemvConfig:
-    """The launch shape for a weight."""
+    """The launch shape for a weight, computed."""
     segments = planar_segments(spec)
     threads = max(map(row_threads, segments))
     warps = min(_MAX_WARPS, 1 << (-(-threads // 32) - 1).bit_length())
@@ -73,7 +117,7 @@ def gemv(
         tensors: what `planar.to_planar` made of it.
         bias: ``[out]`` of any float dtype, or None.
         out_dtype: that of x if None.
-        config: `choose_gemv`'s if None.
+        config: if None, the one that was measured for such a weight, or computed; with copies, computed.
         copies: int32 ``[out / COPY_ROWS]``: the row of x that each `COPY_ROWS` rows of the weight take, instead of all
             rows of x one after the other. The result is then ``[1, out]``.
 
@@ -83,7 +127,9 @@ def gemv(
     """
     n_rows = len(x) if copies is None else 1
     out = torch.empty(n_rows, spec.out_features, dtype=out_dtype or x.dtype, device=x.device)
-    kernel, grid, arguments = gemv_launch(x, spec, tensors, bias, out, config or choose_gemv(spec), copies)
+    if config is None:
+        config = launch_config(spec, device_name(x.device)) if copies is None else choose_gemv(spec)
+    kernel, grid, arguments = gemv_launch(x, spec, tensors, bias, out, config, copies)
     with torch.cuda.device(x.device):  # Triton launches on the current device
         getattr(gemv_kernels(), kernel)[grid](**arguments, ASM=True, **early_launch(x.device))
     return out
@@ -140,7 +186,7 @@ def gemv_launch(
         "num_warps": config.warps,
         "enable_fp_fusion": True,
     }
-    assert COPY_ROWS % (config.rows * config.tiles) == 0
+    assert copies is None or COPY_ROWS % (config.rows * config.tiles) == 0
     grid = (-(-spec.out_features // (config.rows * config.tiles)), len(out))
     if config.tiles == 1:
         return "gemv_kernel", grid, arguments

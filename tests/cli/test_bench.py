@@ -14,7 +14,7 @@ from quantkit.cli.bench import _show_decode, _show_kernels, _tell
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("subject", ["attention", "kernels", "decode"])
+@pytest.mark.parametrize("subject", ["attention", "kernels", "tune", "decode"])
 def test_every_subject_needs_a_gpu(subject: str) -> None:
     result = quantkit("bench", subject, "--json")
     assert result.exit_code == 2

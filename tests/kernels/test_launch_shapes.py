@@ -1,0 +1,156 @@
+"""Measured launch shapes: whose row counts, for which weights, and what a file may not do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from quantkit.errors import FileError
+from quantkit.formats.grouped_int import GroupedIntSpec
+from quantkit.kernels.gemv import GemvConfig, choose_gemv, gemv_candidates, is_possible, launch_config
+from quantkit.kernels.launch_shapes import SHIPPED, Row, Subject, cache_folder, measured_config, remember
+
+NAME = "Imaginary Device (3 GB)"
+FILE = "imaginary_device_3_gb.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    warps: int
+    limit: int | None = None
+
+
+@pytest.fixture(autouse=True)
+def user(tmp_path, monkeypatch) -> Path:
+    """The user's folder, empty."""
+    monkeypatch.setenv("QUANTKIT_CACHE_DIR", str(tmp_path / "user"))
+    return tmp_path / "user"
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch, user) -> Path:
+    """A shipped folder with two rows."""
+    monkeypatch.setenv("QUANTKIT_CACHE_DIR", str(tmp_path / "shipped"))
+    remember([row(4), row(2, bits=1)], NAME)
+    monkeypatch.setenv("QUANTKIT_CACHE_DIR", str(user))
+    return tmp_path / "shipped"
+
+
+def subject(**changed) -> Subject:
+    return Subject(**{"kernel": "gemv", "bits": 2, "out_features": 14336, "in_features": 4096} | changed)
+
+
+def row(warps: int, **changed) -> Row:
+    shape = {"warps": warps, "limit": None}
+    return Row(subject=subject(**changed), shape=shape, microseconds=1.5, computed_microseconds=2.0)
+
+
+def found(shipped: Path = SHIPPED, **changed) -> int | None:
+    shape = measured_config(Shape, subject(**changed), NAME, shipped)
+    return shape and shape.warps
+
+
+def test_what_is_remembered_is_found_for_the_same_class():
+    assert found() is None
+    remember([row(4), row(2, bits=1), row(8, tokens=16)], NAME)
+    assert measured_config(Shape, subject(), NAME) == Shape(warps=4)
+    assert found(bits=1) == 2
+    assert found(tokens=9) == found(tokens=16) == 8
+    for other in ({"kernel": "fused"}, {"bits": 3}, {"in_features": 4224}, {"tokens": 17}, {"tokens": 8}):
+        assert found(**other) is None
+
+
+@pytest.mark.parametrize(("out_features", "same"), [(12288, False), (13824, True), (16384, True), (19968, False)])
+def test_out_features_count_within_a_factor(out_features, same):
+    remember([row(4)], NAME)
+    assert (found(out_features=out_features) == 4) == same
+
+
+def test_later_rows_replace_those_of_their_class_and_leave_others(user):
+    remember([row(4), row(2, bits=1)], NAME)
+    file = remember([row(8, out_features=16384)], NAME)
+    assert file == user / FILE
+    assert (found(), found(bits=1)) == (8, 2)
+    assert len(json.loads(file.read_text())["shapes"]) == 2
+
+
+def test_the_users_file_goes_before_the_shipped_one(shipped):
+    assert (found(shipped), found(shipped, bits=1)) == (4, 2)
+    remember([row(8)], NAME)
+    assert (found(shipped), found(shipped, bits=1)) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"device": "x"}', "KeyError: 'shapes'"),
+        ('{"shapes": [{"kernel": "gemv"}]}', "KeyError: 'bits'"),
+        ("WARPS", "ValueError: a number that is not a positive integer"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_and_passed_over(user, shipped, text, reason):
+    user.mkdir()
+    text = text.replace("WARPS", (shipped / FILE).read_text().replace('"warps": 4', '"warps": "four"'))
+    (user / FILE).write_text(text)
+    with pytest.warns(UserWarning, match=rf"{FILE} is not used \({reason}.*\); delete it, or .*quantkit bench tune"):
+        assert found(shipped) == 4
+
+
+def test_a_shape_of_another_version_is_passed_over():
+    remember([row(4)], NAME)
+    with pytest.warns(UserWarning, match="has other fields than this version knows"):
+        assert measured_config(GemvConfig, subject(), NAME) is None
+
+
+def test_a_folder_that_cannot_be_written(user):
+    user.write_text("in the way")
+    with pytest.raises(FileError, match=r"cannot be written .*; set QUANTKIT_CACHE_DIR to a folder"):
+        remember([row(4)], NAME)
+
+
+def test_where_the_users_file_lies(monkeypatch, tmp_path):
+    assert cache_folder() == tmp_path / "user"
+    monkeypatch.delenv("QUANTKIT_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "quantkit"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "quantkit"
+
+
+def layer(bits: int, out_features: int, in_features: int) -> GroupedIntSpec:
+    shape = {"out_features": out_features, "in_features": in_features, "group_size": 128, "symmetric": True}
+    return GroupedIntSpec(**shape, segments=((bits, in_features // 128),))
+
+
+def test_one_row_takes_its_measured_shape_where_it_is_possible():
+    spec = layer(2, 14336, 4096)
+    assert launch_config(spec, NAME) == choose_gemv(spec)
+    remember(
+        [Row(subject=subject(), shape={"warps": 1, "rows": 4, "tiles": 1}, microseconds=1, computed_microseconds=1)],
+        NAME,
+    )
+    assert launch_config(spec, NAME) == GemvConfig(warps=1, rows=4, tiles=1)
+    remember(
+        [Row(subject=subject(), shape={"warps": 1, "rows": 4, "tiles": 2}, microseconds=1, computed_microseconds=1)],
+        NAME,
+    )
+    assert launch_config(spec, NAME) == choose_gemv(spec)  # one warp does not span a row: no second tile
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (64, 256)])
+def test_candidates_are_few_and_possible(bits, rows, columns):
+    spec = layer(bits, rows, columns)
+    found = gemv_candidates(spec, 132)
+    assert len(set(found)) == len(found) <= 24
+    assert all(is_possible(config, spec) for config in found)
+    assert all(rows >= 132 * config.rows * config.tiles for config in found)
+    if rows >= 4096:
+        assert choose_gemv(spec) in found or bits == 3 or choose_gemv(spec).tiles > 1
+        assert len(found) >= 2
