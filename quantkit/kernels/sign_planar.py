@@ -12,11 +12,13 @@ are padded to a multiple of 64 or 128, so that every matrix has a planar form. W
                     salient_planar, salient_planar_scales, ...   the `grouped_int` part as `to_planar` leaves it
                     x_order       int32   [columns as the kernel reads them]; beyond the last column: padding
                     x_scales      float32 [the same]             column scales, 1 for salient columns, 0 for padding
+                    x_places, x_factors    the same for one row of x (sliced.py), where it has kernels of its own
     both            the stored vectors, as they are
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -29,6 +31,7 @@ from quantkit.formats.sign_factors import SignFactorsSpec
 from quantkit.formats.sign_salient import SALIENT, SignSalientSpec, salient_mask
 from quantkit.formats.spec import with_prefix, without_prefix
 from quantkit.kernels.planar import from_planar, is_planar, padded_groups, to_planar
+from quantkit.kernels.sliced import has_sliced, slice_table
 
 _COLUMNS = 128  # two planes of the preferred width
 _RANKS = 64  # two planes of half that width
@@ -139,6 +142,26 @@ def binary_spec(spec: SignSalientSpec) -> GroupedIntSpec:
     return sign_spec(spec.out_features, _round_up(spec.n_binary, _COLUMNS))
 
 
+@lru_cache(maxsize=1024)
+def row_specs(spec: SignSalientSpec) -> tuple[GroupedIntSpec, ...]:
+    """The parts as the one-row kernels see them: signs, with means as zeros, and the salient columns."""
+    binary = replace(binary_spec(spec), symmetric=not spec.row_means)
+    return (binary, spec.salient) if spec.salient else (binary,)
+
+
+def scales_fit(spec: SignSalientSpec, planar: dict[str, Tensor]) -> bool:
+    """Whether float16 holds the scales of the rows and their zeros."""
+    return planar["sign_scales"].dtype == torch.float16 and (not spec.row_means or "sign_half_zeros" in planar)
+
+
+def row_tensors(spec: SignSalientSpec, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
+    """The planar tensors of `row_specs`."""
+    signs = binary_part(tensors)
+    if spec.row_means:
+        signs["planar_zeros"] = tensors["sign_half_zeros"]
+    return (signs, without_prefix(SALIENT, tensors)) if spec.salient else (signs,)
+
+
 def salient_to_planar(spec: SignSalientSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not has_planar_form(spec):
         return dict(tensors)
@@ -168,6 +191,11 @@ def salient_to_planar(spec: SignSalientSpec, tensors: dict[str, Tensor]) -> dict
         part = to_planar(spec.salient, without_prefix(SALIENT, tensors))
         planar |= with_prefix(SALIENT, part)
     planar |= {"x_order": order, "x_scales": x_scales}
+    parts = row_specs(spec)
+    if has_sliced(parts) and scales_fit(spec, planar):
+        ends = [part.in_features for part in parts]
+        columns = torch.split(torch.where(order < spec.in_features, order, -1), ends)
+        planar["x_places"], planar["x_factors"] = slice_table(parts, columns, torch.split(x_scales, ends))
     kept = ("row_scales", "row_means", "column_scales", "salient_columns")
     return planar | {name: tensors[name] for name in kept if name in tensors}
 

@@ -20,7 +20,6 @@ from quantkit.formats.packing import unpack_bits
 from quantkit.formats.sign_salient import NAME, SALIENT, SignSalientSpec
 from quantkit.formats.spec import without_prefix
 from quantkit.kernels import grouped_int
-from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.planar import PlanarSegment, has_zeros, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import (
     MAX_FUSED_TOKENS,
@@ -30,8 +29,9 @@ from quantkit.kernels.planar_matmul import (
     dequantize_rows,
     dequantized_matmul,
 )
-from quantkit.kernels.sign_planar import binary_part, binary_spec, salient_from_planar
+from quantkit.kernels.sign_planar import binary_part, binary_spec, row_specs, row_tensors, salient_from_planar
 from quantkit.kernels.signs import as_rows, prepare, sign_kernels, sign_matmul
+from quantkit.kernels.sliced import slice_row, sliced_product
 
 _SLAB_BYTES = 1 << 28  # of decoded weight at a time
 
@@ -92,11 +92,13 @@ def planar_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], 
     """``[m, in]`` to ``[m, out]`` in the dtype of x, on a GPU, from the tensors of `salient_to_planar`."""
     if len(x) == 0:
         return x.new_empty(0, spec.out_features)
+    if len(x) == 1 and "x_places" in tensors and x.dtype != torch.float32:
+        parts = row_specs(spec)
+        sliced = slice_row(x, parts, tensors["x_places"][None], tensors["x_factors"][None])
+        return sliced_product(sliced, parts, row_tensors(spec, tensors), bias, x.dtype)
     prepared = prepare(x, tensors["x_order"], tensors["x_scales"])
     if len(x) > MAX_FUSED_TOKENS or x.dtype == torch.float32:
         return _decoded_matmul(prepared, spec, tensors, bias)
-    if len(x) == 1 and _has_row_kernels(prepared, spec, tensors):
-        return _one_row(prepared, spec, tensors, bias)
     out = x.new_empty(len(x), spec.out_features)
     segments = sign_segments(spec)
     config = choose_config(len(x), segments)
@@ -108,24 +110,6 @@ def planar_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], 
     with torch.cuda.device(x.device):
         sign_kernels().sign_salient_kernel[grid](**arguments, ASM=True)
     return out
-
-
-def _has_row_kernels(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor]) -> bool:
-    parts = [binary_spec(spec)] + ([spec.salient] if spec.salient else [])
-    fits = tensors["sign_scales"].dtype == torch.float16 and (not spec.row_means or "sign_half_zeros" in tensors)
-    return fits and all(has_gemv(x, part) for part in parts)
-
-
-def _one_row(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
-    """x ``[1, ...]`` as `prepare` leaves it; what the signs give is the bias of the integers."""
-    binary, signs = binary_spec(spec), binary_part(tensors)
-    if spec.row_means:
-        binary, signs = replace(binary, symmetric=False), signs | {"planar_zeros": tensors["sign_half_zeros"]}
-    signed, salient = x[:, : binary.in_features], x[:, binary.in_features :]
-    if spec.salient is None:
-        return gemv(signed, binary, signs, bias)
-    first = gemv(signed, binary, signs, bias, out_dtype=torch.float32)
-    return gemv(salient, spec.salient, without_prefix(SALIENT, tensors), first[0])
 
 
 def _decoded_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -274,6 +258,8 @@ PLANAR_TENSORS = (
     "salient_counters",
     "x_order",
     "x_scales",
+    "x_places",
+    "x_factors",
     "row_scales",
     "row_means",
     "column_scales",
