@@ -58,12 +58,23 @@ def _dot_asm(mask):
 
 
 @triton.constexpr_function
-def _slice_asm(bf16):
-    """PTX: two words, each of two neighbouring values of x, to four high and four low bytes.
+def _word_dot_asm(mask):
+    """PTX: as `_dot_asm`, of one word."""
+    both = "dp4a.u32.s32 h,t,$2,0; dp4a.u32.s32 l,t,$3,0; mad.lo.s32 $0,h,256,l;"
+    return f"{{.reg .b32 t; .reg .s32 h,l; and.b32 t,$1,0x{mask:08x}; {both}}}"
 
-    12583040 = 1.5 * 2**23 + 128: adding it leaves the rounded value + 128 in the last bits. Its second byte is the high
-    slice, its first one the low slice with the sign flipped.
-    """
+
+# 12583040 = 1.5 * 2**23 + 128: adding it leaves the rounded value + 128 in the last bits. Its second byte is the high
+# slice, its first one the low slice with the sign flipped.
+_TO_SLICES = tl.constexpr(
+    "prmt.b32 t,a,b,0x0051; prmt.b32 s,c,d,0x0051; prmt.b32 $0,t,s,0x5410; "
+    "prmt.b32 t,a,b,0x0040; prmt.b32 s,c,d,0x0040; prmt.b32 t,t,s,0x5410; xor.b32 $1,t,0x80808080;"
+)
+
+
+@triton.constexpr_function
+def _slice_asm(bf16):
+    """PTX: two words, each of two neighbouring values of x, to four high and four low bytes."""
     if bf16:
         text = "shl.b32 a,$2,16; shl.b32 b,$3,16; and.b32 c,$2,0xffff0000; and.b32 d,$3,0xffff0000; "
     else:
@@ -71,9 +82,14 @@ def _slice_asm(bf16):
         text += "mov.b32 {u,v},$3; cvt.f32.f16 b,u; cvt.f32.f16 d,v;} "
     for value in "abcd":
         text += f"fma.rn.f32 {value},{value},$4,0f4B400080; "
-    text += "prmt.b32 t,a,b,0x0051; prmt.b32 s,c,d,0x0051; prmt.b32 $0,t,s,0x5410; "
-    text += "prmt.b32 t,a,b,0x0040; prmt.b32 s,c,d,0x0040; prmt.b32 t,t,s,0x5410; xor.b32 $1,t,0x80808080;"
-    return "{.reg .b32 a,b,c,d,t,s; " + text + "}"
+    return "{.reg .b32 a,b,c,d,t,s; " + text + _TO_SLICES + "}"
+
+
+@triton.constexpr_function
+def _float_slice_asm():
+    """PTX: the same of four floats."""
+    text = "".join(f"fma.rn.f32 {value},${2 + place},$6,0f4B400080; " for place, value in enumerate("abcd"))
+    return "{.reg .b32 a,b,c,d,t,s; " + text + _TO_SLICES + "}"
 
 
 @triton.jit
@@ -110,6 +126,20 @@ def byte_dot(words, highs, lows, MASK: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def word_dot(word, high, low, MASK: tl.constexpr, ASM: tl.constexpr):
+    """int32: one word of packed bytes times the slices of its columns; as `byte_dot`, with less for each thread."""
+    if ASM:
+        TEXT: tl.constexpr = _word_dot_asm(MASK)
+        return tl.inline_asm_elementwise(TEXT, "=r,r,r,r", [word, high, low], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        total = tl.zeros_like(word)
+        for byte in tl.static_range(4):
+            code = (word >> (8 * byte)) & (MASK & 0xFF)
+            total += code * (256 * _signed_byte(high, byte) + _signed_byte(low, byte))
+        return total
+
+
+@triton.jit
 def half_to_float(half, BF16: tl.constexpr):
     """The low 16 bits of an int32, as the number that they are."""
     if BF16:
@@ -130,8 +160,14 @@ def larger_half(largest, word, ASM: tl.constexpr):
 
 
 @triton.jit
-def _rounded(half, inverse, BF16: tl.constexpr):
-    return (half_to_float(half & 0xFFFF, BF16) * inverse + 12583040.0).to(tl.int32, bitcast=True)
+def _slices_of(a, b, c, d, inverse):
+    a = (a * inverse + 12583040.0).to(tl.int32, bitcast=True)
+    b = (b * inverse + 12583040.0).to(tl.int32, bitcast=True)
+    c = (c * inverse + 12583040.0).to(tl.int32, bitcast=True)
+    d = (d * inverse + 12583040.0).to(tl.int32, bitcast=True)
+    high = ((a >> 8) & 0xFF) | (b & 0xFF00) | ((c & 0xFF00) << 8) | ((d & 0xFF00) << 16)
+    low = (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | ((d & 0xFF) << 24)
+    return high, low ^ -2139062144  # 0x80808080
 
 
 @triton.jit
@@ -143,10 +179,20 @@ def byte_slices(even, odd, inverse, BF16: tl.constexpr, ASM: tl.constexpr):
             TEXT, "=r,=r,r,r,r", [even, odd, inverse], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
         )
     else:
-        a = _rounded(even, inverse, BF16)
-        b = _rounded(odd, inverse, BF16)
-        c = _rounded(even >> 16, inverse, BF16)
-        d = _rounded(odd >> 16, inverse, BF16)
-        high = ((a >> 8) & 0xFF) | (b & 0xFF00) | ((c & 0xFF00) << 8) | ((d & 0xFF00) << 16)
-        low = (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | ((d & 0xFF) << 24)
-        return high, low ^ -2139062144  # 0x80808080
+        a = half_to_float(even & 0xFFFF, BF16)
+        b = half_to_float(odd & 0xFFFF, BF16)
+        c = half_to_float((even >> 16) & 0xFFFF, BF16)
+        d = half_to_float((odd >> 16) & 0xFFFF, BF16)
+        return _slices_of(a, b, c, d, inverse)
+
+
+@triton.jit
+def float_slices(a, b, c, d, inverse, ASM: tl.constexpr):
+    """The same of floats: a column of an even and an odd plane, and the next one of both."""
+    if ASM:
+        TEXT: tl.constexpr = _float_slice_asm()
+        return tl.inline_asm_elementwise(
+            TEXT, "=r,=r,r,r,r,r,r", [a, b, c, d, inverse], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        return _slices_of(a, b, c, d, inverse)

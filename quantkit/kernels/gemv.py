@@ -21,7 +21,7 @@ _MAX_WARPS = 4  # a program's threads lie along a row; more wait for each other 
 _MANY_TILES = 1024  # of rows; with more (two warps: twice as many) a program does two and prepares x once
 _CANDIDATES = {"warps": (1, 2, 4, 8, 16), "rows": (4, 8, 16), "tiles": (1, 2, 4, 8)}
 _REGISTERS = 200  # for words in flight and slices of x: a thread has 255 in all
-_HALF_TYPES = (torch.float16, torch.bfloat16)
+HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ def has_gemv(x: Tensor, spec: GroupedIntSpec) -> bool:
 
     They take several widths too, but each leaves the threads of the others idle (docs/results.md).
     """
-    few = len(x) <= MAX_GEMV_TOKENS and x.dtype in _HALF_TYPES
+    few = len(x) <= MAX_GEMV_TOKENS and x.dtype in HALF_TYPES
     return few and is_paired(spec) and len(planar_segments(spec)) == 1
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from quantkit.formats.sign_factors import NAME, SignFactorsSpec
 from quantkit.kernels.gemv import gemv, has_gemv
+from quantkit.kernels.latents import latent_product
 from quantkit.kernels.planar import padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import (
     MAX_FUSED_TOKENS,
@@ -81,14 +82,14 @@ def planar_matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], 
     if len(x) == 0:
         return x.new_empty(0, spec.out_features)
     v, u = factor_specs(spec)
+    halves = tensors["u_scales"].dtype == torch.float16
+    if len(x) == 1 and halves and has_gemv(x, u):
+        span = latent_span(spec)
+        z = latent_product(x, v, tensors["v_planar"], tensors["x_scales"], tensors["z_scales"], span)
+        return gemv(z, u, factor(tensors, "u_"), bias)
     scaled = prepare(x, None, tensors["x_scales"])
     if len(x) > MAX_FUSED_TOKENS or x.dtype == torch.float32:
         return _decoded_matmul(scaled, spec, tensors, bias)
-    halves = tensors["u_scales"].dtype == torch.float16
-    if len(x) == 1 and halves and has_gemv(scaled, v) and has_gemv(x, u):
-        latents = gemv(scaled, v, factor(tensors, "v_"), None, out_dtype=torch.float32)
-        z = select_latents(latents, tensors["z_scales"], 1, latent_span(spec), x.dtype)
-        return gemv(z, u, factor(tensors, "u_"), bias)
     segments = planar_segments(v)
     config = choose_config(min(len(scaled), MAX_FUSED_TOKENS), segments)
     per_split = choose_splits(segments, padded_rows(v), config)

@@ -5,7 +5,7 @@ are padded to a multiple of 64 or 128, so that every matrix has a planar form. W
 
     sign_factors    v_planar, v_scales, v_counters    V of all paths, [paths * span, in]; `span` rows for each path
                     u_planar, u_scales, u_counters    U side by side, [out, paths * span], one group per path
-                    x_scales      float32 [paths, in, padded]    column scales; 0 in padding
+                    x_scales      float16 [paths, in, padded]    column scales; 0 in padding
                     z_scales      float32 [paths * span]         latent scales; 0 in padding
     sign_salient    planar, sign_scales, sign_zeros, counters    the columns with signs; zeros only with means
                     sign_half_zeros    float16, where the zeros fit; scales are float16 where they fit
@@ -100,7 +100,7 @@ def factors_to_planar(spec: SignFactorsSpec, tensors: dict[str, Tensor]) -> dict
     planar |= with_prefix("v_", _renamed(to_planar(v, {"codes_1b": v_codes, "scales": twice})))
     u_scales = _half(2 * tensors["row_scales"].float().t())
     planar |= with_prefix("u_", _renamed(to_planar(u, {"codes_1b": u_codes, "scales": u_scales})))
-    planar["x_scales"] = pad(tensors["column_scales"].float(), (0, v.in_features - spec.in_features))
+    planar["x_scales"] = pad(tensors["column_scales"], (0, v.in_features - spec.in_features))
     latents = torch.split(tensors["latent_scales"].float(), list(spec.ranks))
     planar["z_scales"] = torch.cat([pad(scales, (0, span - len(scales))) for scales in latents])
     return planar | {name: tensors[name] for name in ("column_scales", "latent_scales", "row_scales")}

@@ -1,7 +1,7 @@
 """One row of x times weights that are read in an order and scale of their own (sliced_triton.py): two launches.
 
-First x is brought into that order and scale, and cut into byte slices, once for all rows; the second launch, whose first
-weights are on their way by then, multiplies. A *copy* is what one of several stacked weights makes of x.
+First x is brought into that order and scale, and cut into byte slices, once for all rows; the second launch, whose
+first weights are on their way by then, multiplies. A *copy* is what one of several stacked weights makes of x.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
 MAX_COPIES = 3
 _WIDTHS = (1, 2, 4, 8)
+_ROWS = 8  # of a tile, at most
+_MANY_ROWS = 8192
 _SLICED_COLUMNS = 256  # of a program of slice_kernel
 
 Specs = Sequence[GroupedIntSpec]
@@ -36,15 +38,19 @@ class SlicedConfig:
     lanes: int
 
 
-def has_sliced(specs: Specs) -> bool:
-    """Whether the kernels take one or two weights with these columns side by side."""
+def has_sliced(specs: Specs, starts: Sequence[int] = ()) -> bool:
+    """Whether the kernels take one or two weights with these columns side by side, and copies that start there."""
     segments = [planar_segments(spec) for spec in specs]
-    return all(map(is_paired, specs)) and all(len(each) == 1 and each[0].bits in _WIDTHS for each in segments)
+    widths = all(len(each) == 1 and each[0].bits in _WIDTHS for each in segments)
+    return widths and all(map(is_paired, specs)) and len(starts) < MAX_COPIES and not any(s % _ROWS for s in starts)
 
 
 def choose_sliced(specs: Specs) -> SlicedConfig:
-    """The launch shape for weights side by side."""
-    return SlicedConfig(rows=8, warps=1, lanes=32)
+    """The launch shape for weights side by side: threads for whole rows if those are short, rows for large weights."""
+    threads = max(row_threads(planar_segments(spec)[0]) for spec in specs)
+    lanes = 64 if 32 < threads <= 64 else 32
+    many = threads <= lanes and specs[0].out_features >= _MANY_ROWS
+    return SlicedConfig(rows=_ROWS if many else 4, warps=lanes // 32, lanes=lanes)
 
 
 def slice_table(specs: Specs, columns: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -52,14 +58,14 @@ def slice_table(specs: Specs, columns: Sequence[Tensor], scales: Sequence[Tensor
 
     Args:
         specs: weights side by side.
-        columns: of each weight int ``[in]``, the column of x that each of its columns takes; -1: zero.
+        columns: of each weight (more are left out) int ``[in]``, the column of x that each column takes; -1: zero.
         scales: of each weight float ``[in]``, that float16 holds.
 
     Returns:
         int16 (or int32 for more than 32767 columns) and float16, ``[cells]``.
     """
     places, factors = [], []
-    for spec, order, scale in zip(specs, columns, scales, strict=True):
+    for spec, order, scale in zip(specs, columns, scales, strict=False):
         cells = _thread_columns(planar_segments(spec)[0], order.device)
         inside = cells < len(order)
         cells = torch.where(inside, cells, 0)

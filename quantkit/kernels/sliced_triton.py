@@ -1,10 +1,10 @@
 """Triton kernels for one row of x on planar-16 words where x needs an order and scales of its own: `sign_salient`.
 
-    slice_kernel          x in the order and scale of the packed columns, cut into byte slices (byte_products_triton.py)
-    sliced_product_kernel the product of slices with one or two weights side by side, signs and integers
+    slice_kernel           x in order and scale of the packed columns, cut into byte slices (byte_products_triton.py)
+    sliced_product_kernel  the product of slices with one or two weights side by side, signs and integers
 
 The slices lie as threads read them: what a program of the product would otherwise compute from x, each for itself, it
-finds ready. A program of the product has rows of its own and walks over the columns; nothing is shared between programs.
+finds ready. A program of the product has rows of its own and walks over the columns; programs share nothing.
 """
 
 # ruff: noqa: RUF005 - tuples are built by addition: Triton does not unpack
@@ -102,12 +102,9 @@ def _load_rows(
         group = (lane // (WIDTH // 8) * (2 * pairs_of(BITS)) + 2 * pair) * WIDTH // GROUP
         for quad in tl.static_range(ROWS // 4):
             place = group * stride4 + row // 4 + quad
-            factor = tl.load(scales + place, mask=valid, other=0)
-            factors = factors + (factor,)
+            factors = factors + (tl.load(scales + place, mask=valid, other=0),)
             if ZERO is None:
                 offsets = offsets + (tl.load(zeros + place, mask=valid, other=0),)
-            else:
-                offsets = offsets + (factor,)
     return loaded, factors, offsets
 
 
@@ -161,8 +158,8 @@ def _added(
 
 @triton.jit
 def _walk(
-    totals, loaded, scales, zeros, slices, numbers, words, all_scales, all_zeros, row, stride16, stride4, lane, n, chunks,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ONE_GROUP: tl.constexpr,
+    totals, loaded, scales, zeros, slices, numbers, words, all_scales, all_zeros, row, stride16, stride4, lane, n,
+    chunks, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ONE_GROUP: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """totals plus the products of one part, its first chunk of columns loaded already, the next ones one ahead."""
@@ -177,9 +174,7 @@ def _walk(
                 words, all_scales, all_zeros, row, stride16, stride4, lane, lane < n, BITS, WIDTH, GROUP, ZERO,
                 ONE_GROUP, ROWS,
             )  # fmt: skip
-        totals = _added(
-            totals, now, now_scales, now_zeros, highs, lows, sums, unit, BITS, ZERO, ONE_GROUP, ROWS, ASM
-        )
+        totals = _added(totals, now, now_scales, now_zeros, highs, lows, sums, unit, BITS, ZERO, ONE_GROUP, ROWS, ASM)
     return totals
 
 

@@ -3,8 +3,8 @@
 Siblings differ in what they do to the activations: scales of columns, which columns are salient. So each has its own
 copy of the token, and a row of the stack multiplies the copy of its own sibling (`OwnRows`).
 
-    sign_salient   copies -> signs -> integers, added to what the signs gave
-    sign_factors   copies, one per path -> V, with the scales of the latents -> U
+    sign_salient   slices of the copies -> signs and integers
+    sign_factors   V, with the scales of columns and latents of each path -> U
 
 Several tokens (a prompt) are multiplied sibling by sibling, each with its own rows of the stack.
 """
@@ -25,10 +25,12 @@ from quantkit.formats.sign_factors import SignFactorsSpec
 from quantkit.formats.sign_salient import SignSalientSpec, salient_mask
 from quantkit.kernels import grouped_int
 from quantkit.kernels.gather import gather
-from quantkit.kernels.gemv import COPY_ROWS, gemv, has_gemv
+from quantkit.kernels.gemv import COPY_ROWS, HALF_TYPES, gemv, has_gemv
+from quantkit.kernels.latents import latent_product
 from quantkit.kernels.planar import to_planar
 from quantkit.kernels.planar_matmul import dequantize_rows
 from quantkit.kernels.sign_planar import has_planar_form, sign_spec
+from quantkit.kernels.sliced import has_sliced, slice_row, slice_table, sliced_product
 
 _COLUMNS = 128  # columns and latents are padded to a multiple: two planes of the kernels
 _FLAT = 2.0**-15  # a scale below this share of its row's mean is dropped: in units of the scale the mean is no float16
@@ -105,9 +107,14 @@ class SignStack(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """``[m, in]`` to the results of all siblings side by side, ``[m, rows]``."""
         if len(x) == 1:
-            return self.one(gather(x, self.order, scales=self.scales))
+            product = self.row(x) if x.is_cuda and x.dtype in HALF_TYPES else None
+            return self.one(gather(x, self.order, scales=self.scales)) if product is None else product
         out = torch.cat([self.several(pad(x, (0, 1)), sibling) for sibling in range(len(self.sizes))], 1)
         return out if self.bias is None else out + self.bias
+
+    @abstractmethod
+    def row(self, x: Tensor) -> Tensor | None:
+        """Results of all siblings, ``[1, rows]``, for one token in half precision on a GPU; None: no kernel."""
 
     @abstractmethod
     def one(self, copies: Tensor) -> Tensor:
@@ -125,6 +132,9 @@ def columns_of(padded: Tensor, order: Tensor, scales: Tensor) -> Tensor:
 
 class SalientStack(SignStack):
     """`sign_salient` siblings with equally many salient columns, stored alike. ``salient``: stored tensors, stacked."""
+
+    places: Tensor | None
+    factors: Tensor
 
     def __init__(self, linears: Sequence[Any], salient: dict[str, Tensor], bias: Tensor | None) -> None:
         specs: list[SignSalientSpec] = [each.spec for each in linears]
@@ -147,6 +157,15 @@ class SalientStack(SignStack):
         self.shapes = (len(specs), n), (len(specs), specs[0].n_salient)
         self.signs = OwnRows(*_one_bit(specs, stored, n), sizes)
         self.integers = OwnRows(_stacked(specs), salient, sizes) if salient else None
+        self.specs = (self.signs.spec, self.integers.spec) if self.integers else (self.signs.spec,)
+        self.starts = [first for first, _ in self.signs.bounds[1:]]
+        places = factors = None
+        if has_sliced(self.specs, self.starts):
+            own = zip(*(zip(*self._split(table), strict=True) for table in (self.order, self.scales)), strict=True)
+            tables = [slice_table(self.specs, columns, factors) for columns, factors in own]
+            places, factors = (torch.stack(parts) for parts in zip(*tables, strict=True))
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("factors", factors, persistent=False)
 
     @staticmethod
     def fits(specs: Sequence[SignSalientSpec]) -> bool:
@@ -154,6 +173,13 @@ class SalientStack(SignStack):
         alike = {(each.in_features, each.row_means, each.column_scales, each.n_salient) for each in specs}
         parts = {(each.salient.segments, each.salient.symmetric) if each.salient else None for each in specs}
         return len(alike) == len(parts) == 1 and has_planar_form(specs[0])
+
+    def row(self, x: Tensor) -> Tensor | None:
+        if self.places is None:
+            return None
+        parts = [part.tensors() for part in (self.signs, self.integers) if part]
+        sliced = slice_row(x, self.specs, self.places, self.factors)
+        return sliced_product(sliced, self.specs, parts, self.bias, x.dtype, self.starts)
 
     def one(self, copies: Tensor) -> Tensor:
         signed, salient = self._split(copies)
@@ -209,6 +235,9 @@ def _one_bit(
 class FactorStack(SignStack):
     """`sign_factors` siblings with equally many paths; every path is given as many latents as the largest has."""
 
+    latents: Tensor
+    halves: Tensor
+
     def __init__(self, linears: Sequence[Any], bias: Tensor | None) -> None:
         specs: list[SignFactorsSpec] = [each.spec for each in linears]
         stored = [each.stored_tensors() for each in linears]
@@ -221,16 +250,20 @@ class FactorStack(SignStack):
         order = pad(torch.arange(n, dtype=torch.int32, device=device), (0, missing), value=-1).repeat(copies, 1)
         scales = pad(torch.cat([tensors["column_scales"].float() for tensors in stored]), (0, missing))
         super().__init__(sizes, order, scales, bias)
-        self.paths = n_paths
+        self.paths, self.span = n_paths, span
         v_codes = torch.cat([_v_codes(spec, tensors, span, missing) for spec, tensors in pairs])
         u_codes = torch.cat([_u_codes(spec, tensors, span) for spec, tensors in pairs])
         u_scales = torch.cat([2 * tensors["row_scales"].float().t() for tensors in stored]).half()
-        latents = [
-            pad(part, (0, span - len(part)))
-            for spec, tensors in pairs
-            for part in torch.split(2 * tensors["latent_scales"].float(), list(spec.ranks))
-        ]
-        v_scales = torch.cat(latents).half()[:, None]
+        latents = torch.cat(
+            [
+                pad(part, (0, span - len(part)))
+                for spec, tensors in pairs
+                for part in torch.split(tensors["latent_scales"].float(), list(spec.ranks))
+            ]
+        )
+        self.register_buffer("latents", latents, persistent=False)
+        self.register_buffer("halves", self.scales.half(), persistent=False)
+        v_scales = (2 * latents).half()[:, None]
         v, u = sign_spec(len(v_codes), n + missing), sign_spec(len(u_codes), self.paths * span, self.paths)
         self.v = OwnRows(v, {"codes_1b": v_codes, "scales": v_scales}, [span] * copies)
         self.u = OwnRows(u, {"codes_1b": u_codes, "scales": u_scales}, sizes)
@@ -239,6 +272,12 @@ class FactorStack(SignStack):
     def fits(specs: Sequence[SignFactorsSpec]) -> bool:
         """Whether siblings can be stacked."""
         return len({(spec.in_features, len(spec.ranks)) for spec in specs}) == 1
+
+    def row(self, x: Tensor) -> Tensor | None:
+        if not has_gemv(x, self.u.spec):
+            return None
+        z = latent_product(x, self.v.spec, self.v.tensors()["planar"], self.halves, self.latents, self.span)
+        return cast(Tensor, self.u(z.view(len(self.sizes), -1), self.bias))
 
     def one(self, copies: Tensor) -> Tensor:
         latents: Tensor = self.v(copies, None)

@@ -1,4 +1,4 @@
-"""One row of x in slices, in Triton's interpreter, on CPU tensors. Run by test_interpreter.py in a process of its own."""
+"""One row of x in slices, in Triton's interpreter, on CPU tensors. Run by test_interpreter.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def product(weights, x, tables, bias=None, *, starts=(), config=PLAIN, out_dtype
     specs = [weight.spec() for weight in weights]
     assert has_sliced(specs)
     tensors = [to_planar(spec, pack(weight)) for spec, weight in zip(specs, weights, strict=True)]
-    places, factors = (torch.stack(parts) for parts in zip(*(slice_table(specs, *table) for table in tables), strict=True))
+    places, factors = (
+        torch.stack(parts) for parts in zip(*(slice_table(specs, *table) for table in tables), strict=True)
+    )
     slices, numbers = new_slices(specs, places)
     slices.fill_(torch.iinfo(torch.int32).max)
     buffers = {"x": x, "places": places, "factors": factors, "slices": slices, "numbers": numbers.fill_(float("nan"))}

@@ -15,6 +15,7 @@ FILES = [
     "interpreter_cases.py",
     "gemv_interpreter_cases.py",
     "sliced_interpreter_cases.py",
+    "latents_interpreter_cases.py",
     "interpreter_sign_cases.py",
     "kv_interpreter_cases.py",
     "decode_interpreter_cases.py",
