@@ -227,7 +227,7 @@ class SequenceCache:
         transform = self.transform
         assert transform is not None
         pages = [
-            Pages(segment.spec, segment.tensors, 1 + index)
+            Pages(segment.spec, dict(segment.tensors), 1 + index)  # a copy: growing replaces the segment's own entries
             for index, segment in enumerate(self.segments)
             if isinstance(segment, PackedSegment) and segment.count
         ]

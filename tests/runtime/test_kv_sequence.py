@@ -226,6 +226,19 @@ def test_truncation_within_the_window_leaves_no_trace() -> None:
     assert all(torch.equal(held[name], expected[name]) for name in expected)
 
 
+def test_kernels_are_handed_new_tensors_when_pages_are_added() -> None:
+    """What was handed out stays as it was, so that a decoder sees that it has to bind the new ones."""
+    sequence = SequenceCache(parse_kv_spec("akvq-vl").layer_policy(0), 2, 64, torch.float16, torch.device("cpu"))
+    keys = torch.randn(2, 200, 64, generator=torch.Generator().manual_seed(0))
+    sequence.append(keys, keys)
+    before = sequence.packed()
+    held, count = before.pages[0].tensors["key_words"], before.pages[0].count
+    sequence.append(keys, keys)
+    after = sequence.packed()
+    assert before.pages[0].tensors["key_words"] is held
+    assert before.pages[0].count == count < after.pages[0].count
+
+
 def test_a_clone_goes_its_own_way() -> None:
     data = tokens(200)
     first = cache("zipcache")
