@@ -37,7 +37,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE_BYTES = 4 << 20  # float32 tile of decoded weights while few rows of x share it: stays in cache
 _TILE_BYTES_WIDE = 16 << 20  # with many rows of x the matrix product dominates and prefers a wider right-hand side
 _LONG_RUN = 16  # contiguous columns per scale from which broadcasting is faster than a gathered copy of the scales
-_WIDE_ROWS = 64  # rows of x from which the wide tile is used
+_WIDE_ROWS = 64  # rows of x from which the wide tile is used, and bfloat16 is multiplied as such
 
 
 def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
@@ -51,9 +51,10 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
 
     Returns:
         ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
-        device, with float32 products. Planar tensors on a GPU are multiplied by Triton kernels: for one or two rows of
-        x products with x in 16 bits relative to its largest neighbours (gemv.py), up to 64 rows exact products of half
-        precision activations, and above (or in float32) products with the weight rounded to the dtype of x.
+        device, with float32 products, or on a CPU, for many rows of bfloat16, with the weight rounded to bfloat16.
+        Planar tensors on a GPU are multiplied by Triton kernels: for one or two rows of x products with x in 16 bits
+        relative to its largest neighbours (gemv.py), up to 64 rows exact products of half precision activations, and
+        above (or in float32) products with the weight rounded to the dtype of x.
 
     Raises:
         RequestError: wrong last dimension or dtype of ``x``.
@@ -83,53 +84,110 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
 
 
 def matmul_reference(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
-    """Torch twin: ``[m, in]`` to ``[m, out]`` in ``x.dtype``, row tile by row tile, in float32."""
+    """Torch twin: ``[m, in]`` to ``[m, out]`` in ``x.dtype``, row tile by row tile.
+
+    Float32 products; but many rows of bfloat16 are multiplied by the weight rounded to bfloat16, as in a dense model.
+    """
     m = x.shape[0]
-    grouped = x.float().reshape(m, spec.n_groups, spec.group_size)
+    rounded = x.dtype == torch.bfloat16 and m >= _WIDE_ROWS and not x.is_cuda
+    grouped = (x if rounded else x.float()).reshape(m, spec.n_groups, spec.group_size)
     if "group_order" in tensors:
         grouped = grouped.index_select(1, tensors["group_order"].long())
     scales = tensors["scales"].float()
-    out = -(grouped.sum(-1) @ (scales * stored_zeros(spec, tensors)).t())
-    if bias is not None:
-        out += bias.float()
+    zeros = stored_zeros(spec, tensors)
+    parts = []
     start = 0
     for bits, count in spec.segments:
-        columns = grouped[:, start : start + count]
-        _add_segment(out, columns, tensors[f"codes_{bits}b"], scales[:, start : start + count], bits)
+        here = slice(start, start + count)
+        parts.append(_Part(grouped[:, here], tensors[f"codes_{bits}b"], scales[:, here], zeros[:, here], bits))
         start += count
+    if rounded:
+        return _rounded_product(parts, spec.out_features, None if bias is None else bias.to(x.dtype))
+    out = -(grouped.sum(-1) @ (scales * zeros).t())
+    if bias is not None:
+        out += bias.float()
+    for part in parts:
+        _add_codes(out, part)
     return out.to(x.dtype)
 
 
-def _add_segment(out: Tensor, x: Tensor, packed: Tensor, scales: Tensor, bits: int) -> None:
-    """Add one segment's code products to ``out`` [m, out]; x [m, count, group_size], scales [out, count]."""
-    m, count, group_size = x.shape
-    period, _ = _block(bits)
-    n_columns = count * group_size
-    n_blocks = -(-n_columns // period)
-    padded = torch.nn.functional.pad(x.reshape(m, n_columns), (0, n_blocks * period - n_columns))
-    x_planes = padded.reshape(m, n_blocks, period).transpose(1, 2).flatten(1)
-    tile_bytes = _TILE_BYTES_WIDE if m >= _WIDE_ROWS else _TILE_BYTES
-    step = max(1, tile_bytes // (4 * n_blocks * period))
-    tile = x.new_empty(min(step, out.shape[1]), period, n_blocks)
-    spread = _scale_spread(count, group_size, period, x.device)
+class _Part:
+    """One segment of a product: x in plane order, and tiles of decoded rows.
+
+    Args:
+        x: ``[m, count, group_size]``.
+        packed: uint8 ``[out, bytes]``.
+        scales, zeros: float32 ``[out, count]``.
+        bits: of the codes.
+    """
+
+    def __init__(self, x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
+        m, count, group_size = x.shape
+        self.packed, self.scales, self.zeros, self.bits = packed, scales, zeros, bits
+        self.period, _ = _block(bits)
+        self.n_blocks = -(-count * group_size // self.period)
+        self.n_columns = self.n_blocks * self.period
+        columns = x.reshape(m, count * group_size)
+        padded = torch.nn.functional.pad(columns, (0, self.n_columns - count * group_size))
+        self.x = padded.reshape(m, self.n_blocks, self.period).transpose(1, 2).flatten(1)
+        self._spread = _group_spread(count, group_size, self.period, x.device)
+
+    def new_tile(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Float32 ``[rows, period, n_blocks]``, and uint8 scratch for the codes of as many rows."""
+        tile = self.scales.new_empty(rows, self.period, self.n_blocks)
+        return tile, self.packed.new_empty(rows * self.period * -(-self.n_blocks // 8) * 8)
+
+    def decode(self, rows: slice, tile: Tensor, scratch: Tensor, centred: bool) -> Tensor:
+        """Codes (``centred``: minus zeros) times scales of some rows, ``[rows, n_columns]`` in plane order."""
+        planes = _unpack_planes(self.packed[rows], self.bits, self.n_blocks, scratch)
+        weight = tile[: len(planes)].copy_(planes)
+        if centred:
+            self._spread(torch.Tensor.sub_, weight, self.zeros[rows])
+        self._spread(torch.Tensor.mul_, weight, self.scales[rows])
+        return weight.flatten(1)
+
+
+def _add_codes(out: Tensor, part: _Part) -> None:
+    """Add the products of x and scaled codes of one segment to float32 ``out`` [m, out]."""
+    tile_bytes = _TILE_BYTES_WIDE if len(out) >= _WIDE_ROWS else _TILE_BYTES
+    step = max(1, tile_bytes // (4 * part.n_columns))
+    tile, scratch = part.new_tile(min(step, out.shape[1]))
     for first in range(0, out.shape[1], step):
-        planes = _unpack_planes(packed[first : first + step], bits, n_blocks)
-        weight = tile[: planes.shape[0]].copy_(planes)
-        spread(weight, scales[first : first + step])
-        out[:, first : first + step] += x_planes @ weight.flatten(1).t()
+        rows = slice(first, first + step)
+        out[:, rows] += part.x @ part.decode(rows, tile, scratch, centred=False).t()
 
 
-def _scale_spread(count: int, group_size: int, period: int, device: torch.device) -> Callable[[Tensor, Tensor], object]:
-    """How to multiply a tile ``[rows, period, n_blocks]`` by its scales ``[rows, count]`` in place."""
+def _rounded_product(parts: list[_Part], out_features: int, bias: Tensor | None) -> Tensor:
+    """``[m, out]`` of x and the decoded weight, rounded to the dtype of x."""
+    x = torch.cat([part.x for part in parts], 1)
+    out = x.new_empty(len(x), out_features)
+    step = max(1, _TILE_BYTES // (4 * x.shape[1]))
+    tiles = [part.new_tile(min(step, out_features)) for part in parts]
+    weight = x.new_empty(min(step, out_features), x.shape[1])
+    for first in range(0, out_features, step):
+        rows = slice(first, min(first + step, out_features))
+        here = weight[: rows.stop - first]
+        column = 0
+        for part, (tile, scratch) in zip(parts, tiles, strict=True):
+            here[:, column : column + part.n_columns] = part.decode(rows, tile, scratch, centred=True)
+            column += part.n_columns
+        out[:, rows] = torch.nn.functional.linear(x, here, None if bias is None else bias[rows])
+    return out
+
+
+def _group_spread(
+    count: int, group_size: int, period: int, device: torch.device
+) -> Callable[[Callable[[Tensor, Tensor], object], Tensor, Tensor], object]:
+    """How to change a tile ``[rows, period, n_blocks]`` in place by a number per group, ``[rows, count]``."""
     run, rest = divmod(group_size, period)
     if rest == 0 and run >= _LONG_RUN:
-        return lambda tile, scales: tile.view(len(tile), -1, count, run).mul_(scales[:, None, :, None])
+        return lambda change, tile, each: change(tile.view(len(tile), -1, count, run), each[:, None, :, None])
     n_blocks = -(-count * group_size // period)
     column_group = torch.arange(n_blocks * period, device=device).reshape(n_blocks, period).t() // group_size
     column_group.clamp_(max=count - 1)  # the padding after the last group
     if rest == 0:  # every block lies in one group
-        return lambda tile, scales: tile.mul_(scales[:, None, column_group[0]])
-    return lambda tile, scales: tile.mul_(scales[:, column_group])
+        return lambda change, tile, each: change(tile, each[:, None, column_group[0]])
+    return lambda change, tile, each: change(tile, each[:, column_group])
 
 
 def _block(bits: int) -> tuple[int, int]:
@@ -140,22 +198,25 @@ def _block(bits: int) -> tuple[int, int]:
     return period, period * bits // 8
 
 
-def _unpack_planes(packed: Tensor, bits: int, n_blocks: int) -> Tensor:
-    """Rows of a bit stream to integer codes ``[rows, period, n_blocks]``: plane f holds code f of every block."""
+def _unpack_planes(packed: Tensor, bits: int, n_blocks: int, scratch: Tensor) -> Tensor:
+    """Rows of a bit stream to integer codes ``[rows, period, n_blocks]``: plane f holds code f of every block.
+
+    ``scratch``: uint8 ``[rows * period * n_blocks]``, n_blocks rounded up to eights, for widths that divide a byte.
+    """
     period, n_bytes = _block(bits)
     if period == 1:
         return packed.unsqueeze(1)
-    planes = _byte_planes if n_bytes == 1 else _word_planes
-    return planes(packed, bits, period)[:, :, :n_blocks]
+    planes = _byte_planes(packed, bits, period, scratch) if n_bytes == 1 else _word_planes(packed, bits, period)
+    return planes[:, :, :n_blocks]
 
 
-def _byte_planes(packed: Tensor, bits: int, period: int) -> Tensor:
+def _byte_planes(packed: Tensor, bits: int, period: int, scratch: Tensor) -> Tensor:
     """uint8 planes for 1, 2 and 4 bits; eight bytes are shifted at once, the mask removes what the neighbour lent."""
     words = _as_words(packed, torch.int64, 8)
-    planes = words.new_empty(words.shape[0], period, words.shape[1])
     mask = ((1 << bits) - 1) * 0x0101010101010101
-    for field in range(period):
-        torch.bitwise_right_shift(words, field * bits, out=planes[:, field])
+    shifts = torch.arange(0, period * bits, bits, device=packed.device)
+    planes = scratch.view(torch.int64)[: words.numel() * period].view(len(words), period, -1)
+    torch.bitwise_right_shift(words[:, None], shifts[:, None], out=planes)
     return planes.bitwise_and_(mask).view(torch.uint8)
 
 

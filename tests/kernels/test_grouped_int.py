@@ -49,6 +49,26 @@ def test_mixed_widths_in_any_order(seed, out_features, group_size, bits, symmetr
     check(activations(seed, *lead, group_size * len(bits)), weight, pack(weight))
 
 
+@pytest.mark.parametrize(("symmetric", "bits"), [(True, (2, 2, 2)), (False, (3, 1, 4, 6))])
+def test_many_rows_of_bfloat16_meet_the_weight_in_bfloat16(symmetric, bits, monkeypatch):
+    """As in a dense model: each weight is rounded once, sums are float32; tiles of rows do not matter."""
+    monkeypatch.setattr("quantkit.kernels.grouped_int._TILE_BYTES", 4 * 32 * len(bits) * 20)
+    weight = random_weight(0, 50, 32, bits, symmetric)
+    x = activations(0, 70, weight.spec().in_features, dtype=torch.bfloat16)
+    bias = torch.linspace(-1, 1, 50)
+    y = matmul(x, weight.spec(), pack(weight), bias)
+    product, bound = product_and_bound(x, weight, bias.bfloat16())
+    bound = bound + x.double().abs() @ rounding(weight.dequantize().double(), torch.bfloat16).t()
+    assert y.dtype == torch.bfloat16
+    # the product is rounded before the bias is added where the library has no fused sum
+    worst = rounding(product.abs() + bound + 1, torch.bfloat16)
+    assert ((y.double() - product).abs() <= bound + 2 * worst).all()
+    bare = matmul(x, weight.spec(), pack(weight))
+    product, bound = product_and_bound(x, weight)
+    bound = bound + x.double().abs() @ rounding(weight.dequantize().double(), torch.bfloat16).t()
+    assert ((bare.double() - product).abs() <= bound + rounding(product.abs() + bound, torch.bfloat16)).all()
+
+
 def test_row_tiles_do_not_change_the_result(monkeypatch):
     weight = random_weight(0, 50, 32, (3, 4, 2, 4))
     x = activations(0, 4, 128)
