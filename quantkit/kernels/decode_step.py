@@ -17,7 +17,8 @@ from quantkit.kernels.launch import early_launch
 from quantkit.kernels.planar_matmul import triton_kernels
 
 SPLITS = 16  # programs that share the tokens of one KV head: with 8 heads about as many as multiprocessors
-_BLOCK = 32  # tokens at a time
+_BLOCK_BYTES = 1 << 15  # of keys, and of values, that a program takes at a time
+_MAX_BLOCK = 128  # tokens
 _ROWS = 16  # query rows of a tile: the tensor core takes no fewer
 _COLUMNS = 1024
 _PICKERS = 64  # programs that look for the largest logit
@@ -112,6 +113,7 @@ def attend(qkv: Tensor, state: AttentionState) -> Tensor:
     if not qkv.is_cuda:
         return _attend_reference(qkv, state, heads)
     out = qkv.new_empty(1, heads * head_dim)
+    block = min(_MAX_BLOCK, _BLOCK_BYTES // (head_dim * qkv.itemsize))
     with torch.cuda.device(qkv.device):
         _kernels().attention_kernel[(kv_heads, SPLITS)](
             qkv,
@@ -128,11 +130,11 @@ def attend(qkv: Tensor, state: AttentionState) -> Tensor:
             GROUP=heads // kv_heads,
             ROWS=_ROWS,
             HEAD_DIM=head_dim,
-            BLOCK=_BLOCK,
+            BLOCK=block,
             SPLITS=SPLITS,
             WIDE=qkv.dtype == torch.float32,
             **early_launch(qkv.device),
-            num_warps=4,
+            num_warps=8,
         )
     return out
 

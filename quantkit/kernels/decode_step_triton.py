@@ -79,16 +79,21 @@ def _merge(
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == n_shares - 1:
         shares = tl.arange(0, SPLITS)
-        for row in tl.static_range(GROUP):
-            there = partial + (shares * GROUP + row) * WIDTH
-            written = shares < n_shares
-            peaks = tl.load(there + HEAD_DIM, mask=written, other=float("-inf"), cache_modifier=".cg")
-            weights = tl.load(there + HEAD_DIM + 1, mask=written, other=0.0, cache_modifier=".cg")
-            place = there[:, None] + columns[None, :]
-            parts = tl.load(place, mask=written[:, None], other=0.0, cache_modifier=".cg")
-            fades = tl.exp(peaks - tl.max(peaks, 0))
-            result = tl.sum(parts * fades[:, None], 0) / tl.sum(weights * fades, 0)
-            tl.store(out + row * HEAD_DIM + columns, result.to(out.dtype.element_ty))
+        written = shares < n_shares
+        for first in tl.static_range(0, GROUP, 4):  # what four rows need is asked for at once
+            peaks = ()
+            weights = ()
+            parts = ()
+            for row in tl.static_range(first, min(first + 4, GROUP)):
+                there = partial + (shares * GROUP + row) * WIDTH
+                place = there[:, None] + columns[None, :]
+                peaks = peaks + (tl.load(there + HEAD_DIM, mask=written, other=float("-inf"), cache_modifier=".cg"),)
+                weights = weights + (tl.load(there + HEAD_DIM + 1, mask=written, other=0.0, cache_modifier=".cg"),)
+                parts = parts + (tl.load(place, mask=written[:, None], other=0.0, cache_modifier=".cg"),)
+            for row in tl.static_range(first, min(first + 4, GROUP)):
+                fades = tl.exp(peaks[row - first] - tl.max(peaks[row - first], 0))
+                result = tl.sum(parts[row - first] * fades[:, None], 0) / tl.sum(weights[row - first] * fades, 0)
+                tl.store(out + row * HEAD_DIM + columns, result.to(out.dtype.element_ty))
         tl.store(counter, 0)
 
 
@@ -100,8 +105,8 @@ def attention_kernel(
 ):  # fmt: skip
     """Rotary embedding, append and attention of one token. Grid (kv heads, SPLITS).
 
-    A program takes its share of the cached tokens and of the new one, which it reads from qkv: nobody waits for the
-    program that appends it. The last program of a head merges the shares, all read at once.
+    A program takes its share of the cached tokens, at least BLOCK; the first one also takes the new token, which it
+    reads from qkv and appends. Where there are several shares the last program of a head to arrive merges them.
     """
     if PDL:  # what the kernels of this step do not write is asked for before they have ended
         gdc_launch_dependents()
@@ -109,18 +114,16 @@ def attention_kernel(
     split = tl.program_id(1)
     n_heads = tl.num_programs(0)
     position = tl.load(length)
-    total = position + 1
-    share = (total + BLOCK * SPLITS - 1) // (BLOCK * SPLITS) * BLOCK
-    n_shares = (total + share - 1) // share
+    share = (position + BLOCK * SPLITS - 1) // (BLOCK * SPLITS) * BLOCK
+    n_shares = tl.maximum((position + share - 1) // tl.maximum(share, 1), 1)
     first = split * share
-    last = tl.minimum(first + share, total)
+    last = tl.minimum(first + share, position)
     columns = tl.arange(0, HEAD_DIM)
     cached = head.to(tl.int64) * max_length * HEAD_DIM
     token = first + tl.arange(0, BLOCK)
     place = cached + token[:, None] * HEAD_DIM + columns[None, :]
-    old = ((token < position) & (token < last))[:, None]
-    next_key = tl.load(keys + place, mask=old, other=0.0)
-    next_value = tl.load(values + place, mask=old, other=0.0)
+    next_key = tl.load(keys + place, mask=(token < last)[:, None], other=0.0)
+    next_value = tl.load(values + place, mask=(token < last)[:, None], other=0.0)
     partner = (columns + HEAD_DIM // 2) % HEAD_DIM
     turn_cos = tl.load(cos + position * HEAD_DIM + columns)
     turn_sin = tl.load(sin + position * HEAD_DIM + columns) * tl.where(columns < HEAD_DIM // 2, -1.0, 1.0)
@@ -132,23 +135,25 @@ def attention_kernel(
     q = tl.load(q_rows + columns[None, :], mask=real, other=0.0).to(tl.float32) * turn_cos[None, :]
     q += tl.load(q_rows + partner[None, :], mask=real, other=0.0).to(tl.float32) * turn_sin[None, :]
     q = q.to(qkv.dtype.element_ty)
-    k_row = qkv + (n_heads * GROUP + head) * HEAD_DIM
-    new_key = tl.load(k_row + columns).to(tl.float32) * turn_cos + tl.load(k_row + partner).to(tl.float32) * turn_sin
-    new_key = new_key.to(qkv.dtype.element_ty)
-    new_value = tl.load(qkv + (n_heads * (GROUP + 1) + head) * HEAD_DIM + columns)
-    if (position >= first) & (position < last):
-        tl.store(keys + cached + position * HEAD_DIM + columns, new_key)
-        tl.store(values + cached + position * HEAD_DIM + columns, new_value)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total_weight = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    if split == 0:
+        k_row = qkv + (n_heads * GROUP + head) * HEAD_DIM
+        key = tl.load(k_row + columns).to(tl.float32) * turn_cos
+        key = (key + tl.load(k_row + partner).to(tl.float32) * turn_sin).to(qkv.dtype.element_ty)
+        value = tl.load(qkv + (n_heads * (GROUP + 1) + head) * HEAD_DIM + columns)
+        tl.store(keys + cached + position * HEAD_DIM + columns, key)
+        tl.store(values + cached + position * HEAD_DIM + columns, value)
+        highest = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+        total_weight += 1.0
+        acc += value.to(tl.float32)[None, :]
     for start in range(first, last, BLOCK):
+        key = next_key
+        value = next_value
         token = start + tl.arange(0, BLOCK)
-        newest = (token == position)[:, None]
-        key = tl.where(newest, new_key[None, :], next_key)
-        value = tl.where(newest, new_value[None, :], next_value)
         place = cached + (token + BLOCK)[:, None] * HEAD_DIM + columns[None, :]
-        old = ((token + BLOCK < position) & (token + BLOCK < last))[:, None]
+        old = (token + BLOCK < last)[:, None]
         next_key = tl.load(keys + place, mask=old, other=0.0)
         next_value = tl.load(values + place, mask=old, other=0.0)
         scores = _dot(q, tl.trans(key), WIDE) * scale
@@ -159,7 +164,11 @@ def attention_kernel(
         acc = acc * fade[:, None] + _dot(weights.to(value.dtype), value, WIDE)
         total_weight = total_weight * fade + tl.sum(weights, 1)
         highest = higher
-    if split < n_shares:
+    if n_shares == 1:
+        if split == 0:
+            rows_out = out + (head * GROUP + rows)[:, None] * HEAD_DIM + columns[None, :]
+            tl.store(rows_out, (acc / total_weight[:, None]).to(out.dtype.element_ty), mask=real)
+    elif split < n_shares:
         _merge(
             partial + head * (SPLITS * GROUP * (HEAD_DIM + 2)), counters + head, out + head * GROUP * HEAD_DIM, split,
             n_shares, acc, highest, total_weight, GROUP, HEAD_DIM, SPLITS,

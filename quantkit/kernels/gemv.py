@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -17,10 +17,10 @@ from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
 MAX_GEMV_TOKENS = 2
 COPY_ROWS = 16  # of a weight, that take the same row of x where each takes one of its own
-_MAX_WARPS = 4  # a program's threads lie along a row; more wait for each other longer than they help
-_MANY_TILES = 1024  # of rows; with more (two warps: twice as many) a program does two and prepares x once
-_CANDIDATES = {"warps": (1, 2, 4, 8, 16), "rows": (4, 8, 16), "tiles": (1, 2, 4, 8)}
-_REGISTERS = 200  # for words in flight and slices of x: a thread has 255 in all
+_MAX_WARPS = 16  # a program's threads lie along a row
+_WALKING_WARPS = 4  # where they do not reach its end and walk: more wait for each other longer than they help
+_CANDIDATE_ROWS = (4, 8)
+_REGISTERS = 1 << 16  # of a multiprocessor
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -29,8 +29,8 @@ class GemvConfig:
     """Shape of one launch."""
 
     warps: int
-    tiles: int  # row tiles of a program; more than one only where its threads span a whole row
-    rows: int = 8  # of a tile
+    rows: int  # of a tile
+    programs: int | None = None  # that share the tiles, where the threads of one span a row; None: one for each tile
 
 
 def has_gemv(x: Tensor, spec: GroupedIntSpec) -> bool:
@@ -64,40 +64,69 @@ def is_possible(config: GemvConfig, spec: GroupedIntSpec) -> bool:
     segments = planar_segments(spec)
     spans = len(segments) == 1 and row_threads(segments[0]) <= 32 * config.warps
     powers = all(number & (number - 1) == 0 for number in (config.rows, config.warps))
-    return powers and 4 <= config.rows <= ROW_TILE and (config.tiles == 1 or spans)
+    return powers and 4 <= config.rows <= ROW_TILE and (config.programs is None or spans)
 
 
 def gemv_candidates(spec: GroupedIntSpec, multiprocessors: int) -> list[GemvConfig]:
     """Launch shapes worth measuring for a weight of one width.
 
-    Left out is what cannot be the fastest: more idle threads than busy ones, fewer programs than multiprocessors, more
-    words in flight than registers hold.
+    Left out is what cannot be the fastest: threads that walk where few reach the end of a row, fewer programs than
+    multiprocessors or far more than fit, more words in flight than registers hold.
     """
     (segment,) = planar_segments(spec)
-    threads, parts = row_threads(segment), 3 if segment.bits == 3 else 1
+    reach = spanning_warps(row_threads(segment))
     found = []
-    for warps, rows, tiles in product(*_CANDIDATES.values()):
-        config = GemvConfig(rows=rows, warps=warps, tiles=tiles)
-        slices = 2 * 4 * (segment.planes_per_block // 2)
-        words = 4 * rows * parts * (2 if tiles > 1 else 1)
-        idle = warps > 1 and threads <= 16 * warps
-        programs = padded_rows(spec) // (rows * tiles)
-        if is_possible(config, spec) and not idle and programs >= multiprocessors and slices + words <= _REGISTERS:
-            found.append(config)
+    for warps, rows in product(sorted({min(reach, _MAX_WARPS), min(reach, _WALKING_WARPS)}), _CANDIDATE_ROWS):
+        tiles = -(-spec.out_features // rows)
+        if tiles < multiprocessors or needed_registers(segment, rows) > 255:
+            continue
+        found.append(GemvConfig(warps=warps, rows=rows))
+        if warps == reach:
+            fit = resident_programs(segment, warps, rows)
+            counts = {multiprocessors * each for each in range(1, fit + 3)} | {
+                -(-tiles // each) for each in range(2, 9)
+            }
+            most = min(tiles - 1, multiprocessors * (fit + 2))
+            found += [
+                GemvConfig(warps=warps, rows=rows, programs=count)
+                for count in sorted(counts)
+                if multiprocessors <= count <= most
+            ]
     return found
 
 
-def choose_gemv(spec: GroupedIntSpec) -> GemvConfig:
-    """The launch shape for a weight, computed."""
+def spanning_warps(threads: int) -> int:
+    """The power of two of warps that have so many threads."""
+    return 1 << (-(-threads // 32) - 1).bit_length()
+
+
+def needed_registers(segment: PlanarSegment, rows: int) -> int:
+    """About what compilers were seen to give a thread that loads words one tile ahead."""
+    pairs, parts = segment.planes_per_block // 2, 3 if segment.bits == 3 else 1
+    slices, words, scales = 8 * pairs, 2 * 4 * parts * rows, pairs * rows
+    return slices + words + scales + 16
+
+
+def resident_programs(segment: PlanarSegment, warps: int, rows: int) -> int:
+    """How many programs fit a multiprocessor at the same time."""
+    return max(1, _REGISTERS // (32 * warps * needed_registers(segment, rows)))
+
+
+def choose_gemv(spec: GroupedIntSpec, multiprocessors: int = 132) -> GemvConfig:
+    """The launch shape for a weight, computed: as many programs as fit, or half as many as tiles if these are fewer.
+
+    In the second case a launch leaves room for the next one, which begins early (launch.py). 132: of an H100 or H200.
+    """
     segments = planar_segments(spec)
-    threads = max(map(row_threads, segments))
-    warps = min(_MAX_WARPS, 1 << (-(-threads // 32) - 1).bit_length())
-    spans = len(segments) == 1 and threads <= 32 * warps
-    many = padded_rows(spec) // 8 >= _MANY_TILES * min(warps, 2)
-    fits = segments[0].bits != 3  # two tiles of three parts spill registers
-    # the code of several widths fills the registers: half the rows, or they spill
-    rows = 8 if len(segments) == 1 else 4
-    return GemvConfig(rows=rows, warps=warps, tiles=2 if spans and many and fits else 1)
+    warps = spanning_warps(max(map(row_threads, segments)))
+    if len(segments) > 1 or warps > _MAX_WARPS:
+        # the code of several widths fills the registers: half the rows, or they spill
+        return GemvConfig(rows=8 if len(segments) == 1 else 4, warps=min(_WALKING_WARPS, warps))
+    rows = 8 if segments[0].bits == 2 else 4
+    tiles = -(-spec.out_features // rows)
+    most = multiprocessors * resident_programs(segments[0], warps, rows)
+    programs = most if tiles > most else -(-tiles // 2)
+    return GemvConfig(rows=rows, warps=warps, programs=programs if tiles > multiprocessors else None)
 
 
 def gemv(
@@ -117,7 +146,7 @@ def gemv(
         tensors: what `planar.to_planar` made of it.
         bias: ``[out]`` of any float dtype, or None.
         out_dtype: that of x if None.
-        config: if None, the one that was measured for such a weight, or computed; with copies, computed.
+        config: if None, the one that was measured for such a weight, or computed; with copies, one program per tile.
         copies: int32 ``[out / COPY_ROWS]``: the row of x that each `COPY_ROWS` rows of the weight take, instead of all
             rows of x one after the other. The result is then ``[1, out]``.
 
@@ -127,8 +156,9 @@ def gemv(
     """
     n_rows = len(x) if copies is None else 1
     out = torch.empty(n_rows, spec.out_features, dtype=out_dtype or x.dtype, device=x.device)
-    if config is None:
-        config = launch_config(spec, device_name(x.device)) if copies is None else choose_gemv(spec)
+    config = config or launch_config(spec, device_name(x.device))
+    if copies is not None:
+        config = replace(config, programs=None, rows=8)
     kernel, grid, arguments = gemv_launch(x, spec, tensors, bias, out, config, copies)
     with torch.cuda.device(x.device):  # Triton launches on the current device
         getattr(gemv_kernels(), kernel)[grid](**arguments, ASM=True, **early_launch(x.device))
@@ -186,11 +216,12 @@ def gemv_launch(
         "num_warps": config.warps,
         "enable_fp_fusion": True,
     }
-    assert copies is None or COPY_ROWS % (config.rows * config.tiles) == 0
-    grid = (-(-spec.out_features // (config.rows * config.tiles)), len(out))
-    if config.tiles == 1:
-        return "gemv_kernel", grid, arguments
-    return "resident_gemv_kernel", grid, arguments | {"TILES": config.tiles}
+    assert copies is None or (COPY_ROWS % config.rows == 0 and config.programs is None)
+    tiles = -(-spec.out_features // config.rows)
+    if config.programs is None:
+        return "gemv_kernel", (tiles, len(out)), arguments
+    arguments = {name: value for name, value in arguments.items() if name not in ("copies", "COPY_ROWS")}
+    return "resident_gemv_kernel", (min(config.programs, tiles), len(out)), arguments | {"n_tiles": tiles}
 
 
 def _segment_numbers(segment: PlanarSegment, threads: int) -> tuple[int, ...]:

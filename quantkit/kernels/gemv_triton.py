@@ -253,24 +253,26 @@ def gemv_kernel(
 
 @triton.jit(do_not_specialize=["segments"])
 def resident_gemv_kernel(
-    x, words, scales, zeros, order, bias, y, copies, n_rows, n_columns, stride4, segments, BITS: tl.constexpr,
+    x, words, scales, zeros, order, bias, y, n_rows, n_columns, stride4, n_tiles, segments, BITS: tl.constexpr,
     WIDTHS: tl.constexpr, RAGGED: tl.constexpr, CONSTANT_ZEROS: tl.constexpr, GROUP: tl.constexpr,
-    ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, COPY_ROWS: tl.constexpr, BF16: tl.constexpr, ROWS: tl.constexpr,
-    THREADS: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr = False,
+    ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """`gemv_kernel` for one segment whose rows one program spans: x is sliced once for TILES tiles of rows.
+    """`gemv_kernel` for one segment whose rows one program spans: x is sliced once for all tiles of a program.
 
-    The words of a tile are loaded while the one before is multiplied. Grid (row tiles / TILES, tokens).
+    Programs that run at the same time read tiles that lie side by side. The words of a tile are loaded while the one
+    before is multiplied. Grid (programs, tokens); tile i + programs follows tile i.
     """
     if PDL:
         gdc_launch_dependents()
     thread = tl.arange(0, THREADS)
-    first_row = tl.program_id(0) * (ROWS * TILES)
-    x += _token(copies, first_row, COPY_ROWS).to(tl.int64) * (n_columns // 2)
+    x += tl.program_id(1).to(tl.int64) * (n_columns // 2)
     y += tl.program_id(1).to(tl.int64) * n_rows
     offset16, stride16, _, n_threads, first_group, n_planes = segments[0]
     words += offset16.to(tl.int64) * 8
     valid = thread < n_threads
+    tile = tl.program_id(0)
+    first_row = tile * ROWS
     loaded = _load_words(words, first_row, stride16 * 8, thread, valid, BITS[0], WIDTHS[0], ROWS)
     factors = _load_factors(scales, first_row, stride4, thread, valid, first_group, BITS[0], WIDTHS[0], GROUP, ROWS)
     offsets = factors
@@ -281,12 +283,13 @@ def resident_gemv_kernel(
     highs, lows, sums, x_scale = _sliced_x(
         x, order, thread, valid, first_group, n_planes, BITS[0], WIDTHS[0], GROUP, RAGGED[0], ORDERED, BF16, ASM
     )
-    for tile in range(TILES):
+    while tile < n_tiles:
         now = loaded
         now_factors = factors
         now_offsets = offsets
-        more = valid & (tile + 1 < TILES)
-        next_row = first_row + ROWS
+        tile += tl.num_programs(0)
+        next_row = tile * ROWS
+        more = thread < tl.where(tile < n_tiles, n_threads, 0)
         loaded = _load_words(words, next_row, stride16 * 8, thread, more, BITS[0], WIDTHS[0], ROWS)
         factors = _load_factors(scales, next_row, stride4, thread, more, first_group, BITS[0], WIDTHS[0], GROUP, ROWS)
         offsets = factors

@@ -20,7 +20,7 @@ WIDTHS = [1, 2, 3, 4, 8]
 def run(weight, x, *, bias=None, out_dtype=torch.float32, **shape):
     """The kernel between guard bands, the result filled with NaN before; tiles of four rows, for speed."""
     spec = weight.spec()
-    config = replace(choose_gemv(spec), **{"rows": 4} | shape)
+    config = replace(choose_gemv(spec), **{"rows": 4, "programs": None} | shape)
     assert is_paired(spec)
     tensors = to_planar(spec, pack(weight))
     out = torch.full((len(x), spec.out_features), float("nan"), dtype=out_dtype)
@@ -71,14 +71,14 @@ def test_one_group_for_a_row(bits, symmetric):
     check(out, x, weight)
 
 
-@pytest.mark.parametrize(("tiles", "rows"), [(1, 8), (2, 8), (4, 4)])
-def test_every_part_of_the_rows_takes_a_copy_of_its_own(tiles, rows):
+@pytest.mark.parametrize("rows", [4, 8, 16])
+def test_every_part_of_the_rows_takes_a_copy_of_its_own(rows):
     weight = random_weight(3, 48, 64, (2,) * 6)
     spec, x = weight.spec(), activations(3, 3, 384, dtype=torch.float16)
     bias = torch.linspace(-1, 1, 48)
     copies = torch.tensor([2, 0, 1], dtype=torch.int32)
     tensors, out = to_planar(spec, pack(weight)), torch.full((1, 48), float("nan"))
-    config = replace(choose_gemv(spec), rows=rows, tiles=tiles)
+    config = replace(choose_gemv(spec), rows=rows, programs=None)
     name, grid, arguments = gemv_launch(x, spec, tensors, bias, out, config, copies)
     getattr(gemv_triton, name)[grid](**arguments, ASM=False)
     every = run(weight, x, bias=bias)
@@ -97,14 +97,15 @@ def test_rows_longer_than_the_threads_reach(bits):
     check(run(weight, x, rows=8, warps=1), x, weight)
 
 
-@pytest.mark.parametrize(("bits", "tiles"), [(1, 2), (2, 4), (3, 2), (4, 2)])
-def test_several_tiles_of_rows_for_one_preparation(bits, tiles):
-    weight = random_weight(bits, 13, 64, (bits,) * 9, bits % 2 == 0)
+@pytest.mark.parametrize(("bits", "programs"), [(1, 2), (2, 1), (3, 3), (4, 2), (8, 99)])
+def test_several_tiles_of_rows_for_one_preparation(bits, programs):
+    """Tiles that do not divide among the programs, a ragged last one, and more programs than tiles."""
+    weight = random_weight(bits, 17, 64, (bits,) * 9, bits % 2 == 0)
     x = activations(bits, 1, 9 * 64, dtype=torch.float16)
-    bias = torch.linspace(-1, 1, 13)
-    y = run(weight, x, bias=bias, tiles=tiles)
+    bias = torch.linspace(-1, 1, 17)
+    y = run(weight, x, bias=bias, programs=programs)
     check(y, x, weight, bias)
-    assert torch.equal(y, run(weight, x, bias=bias, tiles=1))
+    assert torch.equal(y, run(weight, x, bias=bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -73,21 +73,23 @@ def test_one_token(compile_for_sm90, bits, dtype, symmetric):
 
 
 @pytest.mark.parametrize(
-    ("bits", "symmetric", "tiles"),
-    [(1, True, 1), (1, True, 2), (2, True, 1), (2, True, 2), (3, False, 1), (4, False, 1), (4, False, 2)],
+    ("bits", "symmetric", "programs"),
+    [(1, True, None), (1, True, 20), (2, True, None), (2, True, 20), (3, False, 20), (4, False, None), (4, False, 20)],
 )
-def test_one_row(compile_for_sm90, bits, symmetric, tiles):
+def test_one_row(compile_for_sm90, bits, symmetric, programs):
     """Sixteen bytes a load, all of them before the first product; registers hold them."""
     from quantkit.kernels import gemv_triton
 
     spec, tensors = layer({bits: 32}, symmetric)
     x, out = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(1, 192, dtype=torch.bfloat16)
-    name, grid, arguments = gemv_launch(x, spec, tensors, None, out, replace(choose_gemv(spec), tiles=tiles))
+    config = replace(choose_gemv(spec), programs=programs)
+    name, grid, arguments = gemv_launch(x, spec, tensors, None, out, config)
     early = {"PDL": True, "launch_pdl": True}
     _, sass, resources = compile_for_sm90(getattr(gemv_triton, name), grid, arguments, ASM=True, **early)
     assert resources["STACK"] <= SPILL_LIMIT[1]
     assert "IDP.4A" in sass
-    assert len(re.findall(r"LDG\.E\.EF\.128", sass)) >= 8 * (3 if bits == 3 else 1) * tiles  # the words of 8 rows
+    wanted = config.rows * (3 if bits == 3 else 1) * (1 if programs is None else 2)  # words of a tile, and of the next
+    assert len(re.findall(r"LDG\.E\.EF\.128", sass)) >= wanted
     assert not re.search(r"LDG\.E\.EF(\.64|\.U?8|\.U?16)? ", sass)
     assert sass.index("LDG.E.EF.128") < sass.index("ACQBULK")  # weights are asked for before x is waited for
 

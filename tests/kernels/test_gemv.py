@@ -7,7 +7,7 @@ import torch
 from packed_weights import random_weight
 
 from quantkit.formats.grouped_int import GroupedIntSpec, pack
-from quantkit.kernels.gemv import MAX_GEMV_TOKENS, choose_gemv, gemv_launch, has_gemv, row_threads
+from quantkit.kernels.gemv import MAX_GEMV_TOKENS, choose_gemv, gemv_launch, has_gemv, is_possible, row_threads
 from quantkit.kernels.planar import planar_segments, to_planar
 
 
@@ -49,7 +49,8 @@ def test_threads_of_a_program_reach_a_row_or_walk_along_it(bits, rows, columns):
     (segment,) = planar_segments(spec)
     loaded = row_threads(segment) * 16 * (3 if bits == 3 else 1)  # bytes
     assert loaded == 2 * segment.row_words
-    assert config.tiles == 1 or row_threads(segment) <= 32 * config.warps
+    assert is_possible(config, spec)
+    assert config.programs is None or 132 <= config.programs < rows // config.rows
     assert row_threads(segment) > 16 * config.warps or config.warps == 1  # no more than half of the threads idle
 
 

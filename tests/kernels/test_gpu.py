@@ -129,9 +129,9 @@ def test_one_row_in_every_shape_of_launch(bits):
     x = activations(0, 1, 4096, dtype=torch.bfloat16).cuda()
     product, bound = product_and_bound(x, weight)
     bound = 1.001 * bound + slice_error(x, weight) @ weight.dequantize().double().abs().t()
-    for warps in (1, 2, 4, 8):
-        for tiles in (1, 2, 4) if 32 * warps >= 32 * bits else (1,):
-            y = gemv(x, spec, tensors, None, torch.float32, GemvConfig(warps=warps, tiles=tiles))
+    for warps, rows in ((1, 8), (2, 4), (4, 16), (8, 8)):
+        for programs in (None, 1, 60, 200) if warps >= bits else (None,):
+            y = gemv(x, spec, tensors, None, torch.float32, GemvConfig(warps=warps, rows=rows, programs=programs))
             assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, y.dtype)).all()
 
 
