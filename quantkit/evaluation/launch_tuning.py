@@ -83,19 +83,18 @@ def tune(
     require_gpu("bench tune")
     if torch.cuda.is_current_stream_capturing():
         raise RequestError("launch shapes cannot be measured while a CUDA graph is captured; run bench tune before")
-    rows, found = [], []
+    name, file, found = torch.cuda.get_device_name(), "", []
     for spec in specs:
         assert isinstance(spec, GroupedIntSpec)
         for m, tunable in chosen:
             with torch.inference_mode():
                 row, count = _fastest(tunable, spec, m)
-            rows.append(row)
+            file = str(remember([row], name))  # what is found is not lost with what is interrupted
             found.append(_report(row, count))
             if progress is not None:
                 progress(found[-1])
             torch.cuda.empty_cache()
-    name = torch.cuda.get_device_name()
-    return {"device": name, "file": str(remember(rows, name)), "rows": found}
+    return {"device": name, "file": file, "rows": found}
 
 
 def _tunable(tokens: int) -> Tunable:

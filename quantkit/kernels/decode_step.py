@@ -17,8 +17,9 @@ from quantkit.kernels.launch import early_launch
 from quantkit.kernels.planar_matmul import triton_kernels
 
 SPLITS = 16  # programs that share the tokens of one KV head: with 8 heads about as many as multiprocessors
-_BLOCK_BYTES = 1 << 15  # of keys, and of values, that a program takes at a time
-_MAX_BLOCK = 128  # tokens
+WARPS = 8  # of such a program
+_BLOCK_BYTES = 1 << 14  # of keys, and of values, that it takes at a time
+_MAX_BLOCK = 64  # tokens
 _ROWS = 16  # query rows of a tile: the tensor core takes no fewer
 _COLUMNS = 1024
 _PICKERS = 64  # programs that look for the largest logit
@@ -51,6 +52,11 @@ def new_scratch(heads: int, kv_heads: int, head_dim: int, device: torch.device) 
     """``partial`` and ``counters`` of `AttentionState`."""
     partial = torch.empty(heads, SPLITS, head_dim + 2, device=device)
     return partial, torch.zeros(kv_heads, dtype=torch.int32, device=device)
+
+
+def tokens_at_a_time(head_dim: int, dtype: torch.dtype) -> int:
+    """Cached tokens that a program of the attention takes in one step, and the fewest that one is started for."""
+    return min(_MAX_BLOCK, _BLOCK_BYTES // (head_dim * dtype.itemsize))
 
 
 def add_norm(residual: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -113,7 +119,6 @@ def attend(qkv: Tensor, state: AttentionState) -> Tensor:
     if not qkv.is_cuda:
         return _attend_reference(qkv, state, heads)
     out = qkv.new_empty(1, heads * head_dim)
-    block = min(_MAX_BLOCK, _BLOCK_BYTES // (head_dim * qkv.itemsize))
     with torch.cuda.device(qkv.device):
         _kernels().attention_kernel[(kv_heads, SPLITS)](
             qkv,
@@ -130,11 +135,11 @@ def attend(qkv: Tensor, state: AttentionState) -> Tensor:
             GROUP=heads // kv_heads,
             ROWS=_ROWS,
             HEAD_DIM=head_dim,
-            BLOCK=block,
+            BLOCK=tokens_at_a_time(head_dim, qkv.dtype),
             SPLITS=SPLITS,
             WIDE=qkv.dtype == torch.float32,
             **early_launch(qkv.device),
-            num_warps=8,
+            num_warps=WARPS,
         )
     return out
 

@@ -19,7 +19,8 @@ MAX_GEMV_TOKENS = 2
 COPY_ROWS = 16  # of a weight, that take the same row of x where each takes one of its own
 _MAX_WARPS = 16  # a program's threads lie along a row
 _WALKING_WARPS = 4  # where they do not reach its end and walk: more wait for each other longer than they help
-_CANDIDATE_ROWS = (4, 8)
+_MAX_CHUNKS = 4  # of a row, if a program keeps x for all of them
+_CANDIDATE_WARPS, _CANDIDATE_ROWS = (_WALKING_WARPS, 8, _MAX_WARPS), (4, 8)
 _REGISTERS = 1 << 16  # of a multiprocessor
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
@@ -30,7 +31,7 @@ class GemvConfig:
 
     warps: int
     rows: int  # of a tile
-    programs: int | None = None  # that share the tiles, where the threads of one span a row; None: one for each tile
+    programs: int | None = None  # that share the tiles, each with x prepared for a whole row; None: one for each tile
 
 
 def has_gemv(x: Tensor, spec: GroupedIntSpec) -> bool:
@@ -62,9 +63,10 @@ def subject(spec: GroupedIntSpec) -> Subject:
 def is_possible(config: GemvConfig, spec: GroupedIntSpec) -> bool:
     """Whether the kernels can run in this shape."""
     segments = planar_segments(spec)
-    spans = len(segments) == 1 and row_threads(segments[0]) <= 32 * config.warps
     powers = all(number & (number - 1) == 0 for number in (config.rows, config.warps))
-    return powers and 4 <= config.rows <= ROW_TILE and (config.programs is None or spans)
+    if not powers or not 4 <= config.rows <= ROW_TILE:
+        return False
+    return config.programs is None or (len(segments) == 1 and chunks(segments[0], config.warps) <= _MAX_CHUNKS)
 
 
 def gemv_candidates(spec: GroupedIntSpec, multiprocessors: int) -> list[GemvConfig]:
@@ -76,12 +78,13 @@ def gemv_candidates(spec: GroupedIntSpec, multiprocessors: int) -> list[GemvConf
     (segment,) = planar_segments(spec)
     reach = spanning_warps(row_threads(segment))
     found = []
-    for warps, rows in product(sorted({min(reach, _MAX_WARPS), min(reach, _WALKING_WARPS)}), _CANDIDATE_ROWS):
+    for warps, rows in product(sorted({min(reach, each) for each in _CANDIDATE_WARPS}), _CANDIDATE_ROWS):
         tiles = -(-spec.out_features // rows)
-        if tiles < multiprocessors or needed_registers(segment, rows) > 255:
+        if tiles < multiprocessors:
             continue
-        found.append(GemvConfig(warps=warps, rows=rows))
-        if warps == reach:
+        if warps in (reach, _WALKING_WARPS):
+            found.append(GemvConfig(warps=warps, rows=rows))
+        if 2 * warps >= reach and needed_registers(segment, rows, warps) <= 255:
             fit = resident_programs(segment, warps, rows)
             counts = {multiprocessors * each for each in range(1, fit + 3)} | {
                 -(-tiles // each) for each in range(2, 9)
@@ -100,16 +103,21 @@ def spanning_warps(threads: int) -> int:
     return 1 << (-(-threads // 32) - 1).bit_length()
 
 
-def needed_registers(segment: PlanarSegment, rows: int) -> int:
-    """About what compilers were seen to give a thread that loads words one tile ahead."""
+def chunks(segment: PlanarSegment, warps: int) -> int:
+    """Steps in which the threads of so many warps reach the end of a row."""
+    return -(-row_threads(segment) // (32 * warps))
+
+
+def needed_registers(segment: PlanarSegment, rows: int, warps: int) -> int:
+    """About what compilers were seen to give a thread that keeps x for a row and loads words one tile ahead."""
     pairs, parts = segment.planes_per_block // 2, 3 if segment.bits == 3 else 1
     slices, words, scales = 8 * pairs, 2 * 4 * parts * rows, pairs * rows
-    return slices + words + scales + 16
+    return chunks(segment, warps) * (slices + words + scales) + 16
 
 
 def resident_programs(segment: PlanarSegment, warps: int, rows: int) -> int:
     """How many programs fit a multiprocessor at the same time."""
-    return max(1, _REGISTERS // (32 * warps * needed_registers(segment, rows)))
+    return max(1, _REGISTERS // (32 * warps * needed_registers(segment, rows, warps)))
 
 
 def choose_gemv(spec: GroupedIntSpec, multiprocessors: int = 132) -> GemvConfig:
@@ -221,7 +229,11 @@ def gemv_launch(
     if config.programs is None:
         return "gemv_kernel", (tiles, len(out)), arguments
     arguments = {name: value for name, value in arguments.items() if name not in ("copies", "COPY_ROWS")}
-    return "resident_gemv_kernel", (min(config.programs, tiles), len(out)), arguments | {"n_tiles": tiles}
+    return (
+        "resident_gemv_kernel",
+        (min(config.programs, tiles), len(out)),
+        arguments | {"n_tiles": tiles, "CHUNKS": chunks(segments[0], config.warps)},
+    )
 
 
 def _segment_numbers(segment: PlanarSegment, threads: int) -> tuple[int, ...]:

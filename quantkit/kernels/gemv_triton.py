@@ -112,6 +112,25 @@ def _load_factors(
 
 
 @triton.jit
+def _load_tile(
+    words, scales, zeros, first_row, stride, stride4, n_threads, first_group, BITS: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, ZERO: tl.constexpr, THREADS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Per chunk of a tile's rows: words, scales and zeros. Where ZERO is their constant no zeros are loaded."""
+    loaded = ()
+    for chunk in tl.static_range(CHUNKS):
+        thread = chunk * THREADS + tl.arange(0, THREADS)
+        valid = thread < n_threads
+        held = _load_words(words, first_row, stride, thread, valid, BITS, WIDTH, ROWS)
+        factors = _load_factors(scales, first_row, stride4, thread, valid, first_group, BITS, WIDTH, GROUP, ROWS)
+        offsets = factors
+        if ZERO is None:
+            offsets = _load_factors(zeros, first_row, stride4, thread, valid, first_group, BITS, WIDTH, GROUP, ROWS)
+        loaded = loaded + ((held, factors, offsets),)
+    return loaded
+
+
+@triton.jit
 def _factor(four_rows, ROW: tl.constexpr):
     """One row's number of four that were loaded as one: float16 of an int64, or a byte of an int32."""
     if four_rows.dtype == tl.int64:
@@ -155,6 +174,24 @@ def _row_sums(
             total += (product.to(tl.float32) * field_unit(BITS, pair) - offset) * scale
         totals = totals + (total,)
     return totals
+
+
+@triton.jit
+def _tile_sums(loaded, sliced, BITS: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr):
+    """Per row, float32 [threads]: the sums over a thread's columns of all chunks."""
+    before = ()
+    for chunk in tl.static_range(len(loaded)):
+        held, factors, offsets = loaded[chunk]
+        highs, lows, sums, x_scale = sliced[chunk]
+        added = _row_sums(held, factors, offsets, highs, lows, sums, BITS, ZERO, ROWS, ASM)
+        totals = ()
+        for row in tl.static_range(ROWS):
+            here = added[row] * x_scale
+            if chunk > 0:
+                here += before[row]
+            totals = totals + (here,)
+        before = totals
+    return before
 
 
 @triton.jit
@@ -256,50 +293,44 @@ def resident_gemv_kernel(
     x, words, scales, zeros, order, bias, y, n_rows, n_columns, stride4, n_tiles, segments, BITS: tl.constexpr,
     WIDTHS: tl.constexpr, RAGGED: tl.constexpr, CONSTANT_ZEROS: tl.constexpr, GROUP: tl.constexpr,
     ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr = False,
+    CHUNKS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """`gemv_kernel` for one segment whose rows one program spans: x is sliced once for all tiles of a program.
+    """`gemv_kernel` for one segment whose rows a program spans in CHUNKS steps: x is sliced once for all its tiles.
 
     Programs that run at the same time read tiles that lie side by side. The words of a tile are loaded while the one
     before is multiplied. Grid (programs, tokens); tile i + programs follows tile i.
     """
     if PDL:
         gdc_launch_dependents()
-    thread = tl.arange(0, THREADS)
     x += tl.program_id(1).to(tl.int64) * (n_columns // 2)
     y += tl.program_id(1).to(tl.int64) * n_rows
     offset16, stride16, _, n_threads, first_group, n_planes = segments[0]
     words += offset16.to(tl.int64) * 8
-    valid = thread < n_threads
+    stride = stride16 * 8
     tile = tl.program_id(0)
     first_row = tile * ROWS
-    loaded = _load_words(words, first_row, stride16 * 8, thread, valid, BITS[0], WIDTHS[0], ROWS)
-    factors = _load_factors(scales, first_row, stride4, thread, valid, first_group, BITS[0], WIDTHS[0], GROUP, ROWS)
-    offsets = factors
-    if CONSTANT_ZEROS[0] is None:
-        offsets = _load_factors(zeros, first_row, stride4, thread, valid, first_group, BITS[0], WIDTHS[0], GROUP, ROWS)
+    loaded = _load_tile(
+        words, scales, zeros, first_row, stride, stride4, n_threads, first_group, BITS[0], WIDTHS[0], GROUP, ROWS,
+        CONSTANT_ZEROS[0], THREADS, CHUNKS,
+    )  # fmt: skip
     if PDL:
         gdc_wait()
-    highs, lows, sums, x_scale = _sliced_x(
-        x, order, thread, valid, first_group, n_planes, BITS[0], WIDTHS[0], GROUP, RAGGED[0], ORDERED, BF16, ASM
-    )
+    sliced = ()
+    for chunk in tl.static_range(CHUNKS):
+        thread = chunk * THREADS + tl.arange(0, THREADS)
+        sliced = sliced + (
+            _sliced_x(
+                x, order, thread, thread < n_threads, first_group, n_planes, BITS[0], WIDTHS[0], GROUP, RAGGED[0],
+                ORDERED, BF16, ASM,
+            ),
+        )  # fmt: skip
     while tile < n_tiles:
         now = loaded
-        now_factors = factors
-        now_offsets = offsets
         tile += tl.num_programs(0)
-        next_row = tile * ROWS
-        more = thread < tl.where(tile < n_tiles, n_threads, 0)
-        loaded = _load_words(words, next_row, stride16 * 8, thread, more, BITS[0], WIDTHS[0], ROWS)
-        factors = _load_factors(scales, next_row, stride4, thread, more, first_group, BITS[0], WIDTHS[0], GROUP, ROWS)
-        offsets = factors
-        if CONSTANT_ZEROS[0] is None:
-            offsets = _load_factors(
-                zeros, next_row, stride4, thread, more, first_group, BITS[0], WIDTHS[0], GROUP, ROWS
-            )
-        added = _row_sums(now, now_factors, now_offsets, highs, lows, sums, BITS[0], CONSTANT_ZEROS[0], ROWS, ASM)
-        totals = ()
-        for row in tl.static_range(ROWS):
-            totals = totals + (added[row] * x_scale,)
+        loaded = _load_tile(
+            words, scales, zeros, tile * ROWS, stride, stride4, tl.where(tile < n_tiles, n_threads, 0), first_group,
+            BITS[0], WIDTHS[0], GROUP, ROWS, CONSTANT_ZEROS[0], THREADS, CHUNKS,
+        )  # fmt: skip
+        totals = _tile_sums(now, sliced, BITS[0], CONSTANT_ZEROS[0], ROWS, ASM)
         _store_rows(y, bias, totals, first_row, n_rows, HAS_BIAS, ROWS)
-        first_row = next_row
+        first_row = tile * ROWS

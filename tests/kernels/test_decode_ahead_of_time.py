@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from quantkit.kernels.decode_step import SPLITS
+from quantkit.kernels.decode_step import SPLITS, WARPS, tokens_at_a_time
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +36,8 @@ def test_attention(compile_for_sm90, group, head_dim, dtype):
     values = (cache, table, table, cache, cache, cache, numbers, integers, integers, 0.1, 1024)
     sass = check(
         compile_for_sm90, attention_kernel, (8, SPLITS), dict(zip(names, values, strict=True)),
-        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=128 * 128 // head_dim if head_dim > 128 else 128, SPLITS=SPLITS, WIDE=False, num_warps=8, **EARLY,
+        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=tokens_at_a_time(head_dim, dtype), SPLITS=SPLITS, WIDE=False,
+        num_warps=WARPS, **EARLY,
     )  # fmt: skip
     assert re.search(r"\bHG?MMA\.", sass)
     assert re.search(r"LDG\S*\.128", sass)
