@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import RequestError
-from quantkit.formats.grouped_int import GroupedIntSpec, stored_zeros
+from quantkit.formats.grouped_int import GroupedIntSpec, stored_zeros, symmetric_zero
 from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.planar import from_planar
 from quantkit.kernels.planar_matmul import planar_matmul
@@ -94,7 +94,7 @@ def matmul_reference(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor]
     if "group_order" in tensors:
         grouped = grouped.index_select(1, tensors["group_order"].long())
     scales = tensors["scales"].float()
-    zeros = stored_zeros(spec, tensors)
+    zeros = _zeros(spec, tensors)
     parts = []
     start = 0
     for bits, count in spec.segments:
@@ -103,12 +103,21 @@ def matmul_reference(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor]
         start += count
     if rounded:
         return _rounded_product(parts, spec.out_features, None if bias is None else bias.to(x.dtype))
-    out = -(grouped.sum(-1) @ (scales * zeros).t())
+    sums = grouped.sum(-1)
+    out = -((sums * zeros) @ scales.t() if spec.symmetric else sums @ (scales * zeros).t())
     if bias is not None:
         out += bias.float()
     for part in parts:
         _add_codes(out, part)
     return out.to(x.dtype)
+
+
+def _zeros(spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> Tensor:
+    """float32 ``[out, G]`` in stored order; symmetric ones, which are the same in every row, ``[1, G]``."""
+    if not spec.symmetric:
+        return stored_zeros(spec, tensors)
+    columns = [symmetric_zero(bits) for bits, count in spec.segments for _ in range(count)]
+    return torch.tensor([columns], device=tensors["scales"].device)
 
 
 class _Part:
@@ -117,7 +126,7 @@ class _Part:
     Args:
         x: ``[m, count, group_size]``.
         packed: uint8 ``[out, bytes]``.
-        scales, zeros: float32 ``[out, count]``.
+        scales, zeros: float32 ``[out, count]``; zeros also ``[1, count]``.
         bits: of the codes.
     """
 
@@ -142,7 +151,7 @@ class _Part:
         planes = _unpack_planes(self.packed[rows], self.bits, self.n_blocks, scratch)
         weight = tile[: len(planes)].copy_(planes)
         if centred:
-            self._spread(torch.Tensor.sub_, weight, self.zeros[rows])
+            self._spread(torch.Tensor.sub_, weight, self.zeros if len(self.zeros) == 1 else self.zeros[rows])
         self._spread(torch.Tensor.mul_, weight, self.scales[rows])
         return weight.flatten(1)
 
@@ -158,20 +167,24 @@ def _add_codes(out: Tensor, part: _Part) -> None:
 
 
 def _rounded_product(parts: list[_Part], out_features: int, bias: Tensor | None) -> Tensor:
-    """``[m, out]`` of x and the decoded weight, rounded to the dtype of x."""
+    """``[m, out]`` of x and the weight rounded to its dtype; decoded in small tiles, multiplied in wide ones."""
     x = torch.cat([part.x for part in parts], 1)
     out = x.new_empty(len(x), out_features)
-    step = max(1, _TILE_BYTES // (4 * x.shape[1]))
-    tiles = [part.new_tile(min(step, out_features)) for part in parts]
-    weight = x.new_empty(min(step, out_features), x.shape[1])
-    for first in range(0, out_features, step):
-        rows = slice(first, min(first + step, out_features))
-        here = weight[: rows.stop - first]
-        column = 0
-        for part, (tile, scratch) in zip(parts, tiles, strict=True):
-            here[:, column : column + part.n_columns] = part.decode(rows, tile, scratch, centred=True)
-            column += part.n_columns
-        out[:, rows] = torch.nn.functional.linear(x, here, None if bias is None else bias[rows])
+    step = min(max(1, _TILE_BYTES // (4 * x.shape[1])), out_features)
+    wide = min(step * max(1, _TILE_BYTES_WIDE // (x.itemsize * step * x.shape[1])), out_features)
+    tiles = [part.new_tile(step) for part in parts]
+    weight = x.new_empty(wide, x.shape[1])
+    for first in range(0, out_features, wide):
+        last = min(first + wide, out_features)
+        for start in range(first, last, step):
+            rows = slice(start, min(start + step, last))
+            column = 0
+            for part, (tile, scratch) in zip(parts, tiles, strict=True):
+                here = weight[rows.start - first : rows.stop - first, column : column + part.n_columns]
+                here.copy_(part.decode(rows, tile, scratch, centred=True))
+                column += part.n_columns
+        here = weight[: last - first]
+        out[:, first:last] = torch.nn.functional.linear(x, here, None if bias is None else bias[first:last])
     return out
 
 
