@@ -17,11 +17,11 @@ from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
 MAX_GEMV_TOKENS = 2
 COPY_ROWS = 16  # of a weight, that take the same row of x where each takes one of its own
-_MAX_WARPS = 16  # a program's threads lie along a row
+_MAX_WARPS, _KEPT_WARPS = 16, 8  # a program's threads lie along a row; more wait for each other longer
 _WALKING_WARPS = 4  # where they do not reach its end and walk: more wait for each other longer than they help
 _MAX_CHUNKS = 4  # of a row, if a program keeps x for all of them
 _CANDIDATE_WARPS, _CANDIDATE_ROWS = (_WALKING_WARPS, 8, _MAX_WARPS), (4, 8)
-_REGISTERS = 1 << 16  # of a multiprocessor
+_REGISTERS = 1 << 14  # of a quarter of a multiprocessor
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -116,25 +116,28 @@ def needed_registers(segment: PlanarSegment, rows: int, warps: int) -> int:
 
 
 def resident_programs(segment: PlanarSegment, warps: int, rows: int) -> int:
-    """How many programs fit a multiprocessor at the same time."""
-    return max(1, _REGISTERS // (32 * warps * needed_registers(segment, rows, warps)))
+    """How many programs fit a multiprocessor at the same time, whose four quarters have registers of their own."""
+    return max(1, 4 * (_REGISTERS // (32 * needed_registers(segment, rows, warps))) // warps)
 
 
 def choose_gemv(spec: GroupedIntSpec, multiprocessors: int = 132) -> GemvConfig:
-    """The launch shape for a weight, computed: as many programs as fit, or half as many as tiles if these are fewer.
+    """The launch shape for a weight, computed: as many programs as fit, or two tiles for each if that needs fewer.
 
-    In the second case a launch leaves room for the next one, which begins early (launch.py). 132: of an H100 or H200.
+    In the second case a launch leaves room for the next one, which begins early (launch.py). Always a multiple of the
+    multiprocessors (132: of an H100 or H200).
     """
     segments = planar_segments(spec)
     warps = spanning_warps(max(map(row_threads, segments)))
-    if len(segments) > 1 or warps > _MAX_WARPS:
+    if warps == 2 * _KEPT_WARPS:
+        warps = _KEPT_WARPS
+    if len(segments) > 1 or warps > _KEPT_WARPS:
         # the code of several widths fills the registers: half the rows, or they spill
         return GemvConfig(rows=8 if len(segments) == 1 else 4, warps=min(_WALKING_WARPS, warps))
-    rows = 8 if segments[0].bits == 2 else 4
+    rows = 8 if segments[0].bits == 2 and warps < _KEPT_WARPS else 4
     tiles = -(-spec.out_features // rows)
-    most = multiprocessors * resident_programs(segments[0], warps, rows)
-    programs = most if tiles > most else -(-tiles // 2)
-    return GemvConfig(rows=rows, warps=warps, programs=programs if tiles > multiprocessors else None)
+    per_multiprocessor = min(resident_programs(segments[0], warps, rows), -(-tiles // (2 * multiprocessors)))
+    programs = per_multiprocessor * multiprocessors if tiles > multiprocessors else None
+    return GemvConfig(rows=rows, warps=warps, programs=programs)
 
 
 def gemv(
