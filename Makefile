@@ -37,7 +37,7 @@ check: $(VENV)/.installed-dev  ## Format, lint, types, import contract, then the
 
 # Most of its time goes to compiling kernels, one after the other: `make gpu JOBS=16` shares it (with pytest-xdist).
 gpu:  ## The GPU suite, with the Python that has a CUDA torch
-	$(PYTHON) -m pytest -m gpu $(if $(JOBS),-n $(JOBS) --dist worksteal) $$(grep -rlE "mark\.gpu" tests --include="test_*.py")
+	$(PYTHON) -m pytest -m gpu $(if $(JOBS),-p no:benchmark -n $(JOBS) --dist worksteal) $$(grep -rlE "mark\.gpu" tests --include="test_*.py")
 
 bench:  ## Timings of kernels and of decoding, against what else is installed; needs a GPU
 	$(PYTHON) -m quantkit bench kernels
