@@ -106,25 +106,26 @@ def attention_kernel(
 ):  # fmt: skip
     """Rotary embedding, append and attention of one token. Grid (kv heads, SPLITS).
 
-    A program takes its share of the cached tokens, at least BLOCK; the first one also takes the new token, which it
-    reads from qkv and appends. Where there are several shares the last program of a head to arrive merges them.
+    Program i takes the blocks i, i + SPLITS, ... of the cached tokens; the first one also takes the new token, which it
+    reads from qkv and appends. Where several have tokens the last program of a head to arrive merges their shares.
     """
     if PDL:  # what the kernels of this step do not write is asked for before they have ended
         gdc_launch_dependents()
     head = tl.program_id(0)
     split = tl.program_id(1)
     n_heads = tl.num_programs(0)
-    position = tl.load(length)
-    share = (position + BLOCK * SPLITS - 1) // (BLOCK * SPLITS) * BLOCK
-    n_shares = tl.maximum((position + share - 1) // tl.maximum(share, 1), 1)
-    first = split * share
-    last = tl.minimum(first + share, position)
     columns = tl.arange(0, HEAD_DIM)
     cached = head.to(tl.int64) * max_length * HEAD_DIM
-    token = first + tl.arange(0, BLOCK)
+    token = split * BLOCK + tl.arange(0, BLOCK)
     place = cached + token[:, None] * HEAD_DIM + columns[None, :]
-    next_key = tl.load(keys + place, mask=(token < last)[:, None], other=0.0)
-    next_value = tl.load(values + place, mask=(token < last)[:, None], other=0.0)
+    position = tl.load(length)
+    if split < 2:  # these do not wait to learn how many tokens there are; what lies behind the last one is masked below
+        next_key = tl.load(keys + place, mask=(token < max_length)[:, None], other=0.0)
+        next_value = tl.load(values + place, mask=(token < max_length)[:, None], other=0.0)
+    else:
+        next_key = tl.load(keys + place, mask=(token < position)[:, None], other=0.0)
+        next_value = tl.load(values + place, mask=(token < position)[:, None], other=0.0)
+    n_shares = tl.maximum(tl.minimum((position + BLOCK - 1) // BLOCK, SPLITS), 1)
     partner = (columns + HEAD_DIM // 2) % HEAD_DIM
     turn_cos = tl.load(cos + position * HEAD_DIM + columns)
     turn_sin = tl.load(sin + position * HEAD_DIM + columns) * tl.where(columns < HEAD_DIM // 2, -1.0, 1.0)
@@ -133,32 +134,34 @@ def attention_kernel(
     rows = tl.arange(0, ROWS)
     real = (rows < GROUP)[:, None]
     q_rows = qkv + (head * GROUP + rows)[:, None] * HEAD_DIM
-    q = tl.load(q_rows + columns[None, :], mask=real, other=0.0).to(tl.float32) * turn_cos[None, :]
-    q += tl.load(q_rows + partner[None, :], mask=real, other=0.0).to(tl.float32) * turn_sin[None, :]
+    k_row = qkv + (n_heads * GROUP + head) * HEAD_DIM
+    q = tl.load(q_rows + columns[None, :], mask=real, other=0.0)
+    q_partner = tl.load(q_rows + partner[None, :], mask=real, other=0.0)
+    new_key = tl.load(k_row + columns)
+    key_partner = tl.load(k_row + partner)
+    new_value = tl.load(qkv + (n_heads * (GROUP + 1) + head) * HEAD_DIM + columns)
+    q = q.to(tl.float32) * turn_cos[None, :] + q_partner.to(tl.float32) * turn_sin[None, :]
     q = q.to(qkv.dtype.element_ty)
+    new_key = (new_key.to(tl.float32) * turn_cos + key_partner.to(tl.float32) * turn_sin).to(qkv.dtype.element_ty)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total_weight = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, HEAD_DIM), tl.float32)
     if split == 0:
-        k_row = qkv + (n_heads * GROUP + head) * HEAD_DIM
-        key = tl.load(k_row + columns).to(tl.float32) * turn_cos
-        key = (key + tl.load(k_row + partner).to(tl.float32) * turn_sin).to(qkv.dtype.element_ty)
-        value = tl.load(qkv + (n_heads * (GROUP + 1) + head) * HEAD_DIM + columns)
-        tl.store(keys + cached + position * HEAD_DIM + columns, key)
-        tl.store(values + cached + position * HEAD_DIM + columns, value)
-        highest = tl.sum(q.to(tl.float32) * key.to(tl.float32)[None, :], 1) * scale
+        tl.store(keys + cached + position * HEAD_DIM + columns, new_key)
+        tl.store(values + cached + position * HEAD_DIM + columns, new_value)
+        highest = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
         total_weight += 1.0
-        acc += value.to(tl.float32)[None, :]
-    for start in range(first, last, BLOCK):
-        key = next_key
-        value = next_value
+        acc += new_value.to(tl.float32)[None, :]
+    for start in range(split * BLOCK, position, SPLITS * BLOCK):
         token = start + tl.arange(0, BLOCK)
-        place = cached + (token + BLOCK)[:, None] * HEAD_DIM + columns[None, :]
-        old = (token + BLOCK < last)[:, None]
-        next_key = tl.load(keys + place, mask=old, other=0.0)
-        next_value = tl.load(values + place, mask=old, other=0.0)
+        key = next_key
+        value = tl.where((token < position)[:, None], next_value, 0.0)
+        following = token + SPLITS * BLOCK
+        place = cached + following[:, None] * HEAD_DIM + columns[None, :]
+        next_key = tl.load(keys + place, mask=(following < position)[:, None], other=0.0)
+        next_value = tl.load(values + place, mask=(following < position)[:, None], other=0.0)
         scores = _dot(q, tl.trans(key), WIDE) * scale
-        scores = tl.where((token < last)[None, :], scores, float("-inf"))
+        scores = tl.where((token < position)[None, :], scores, float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp(scores - higher[:, None])
         fade = tl.exp(highest - higher)
