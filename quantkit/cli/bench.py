@@ -53,14 +53,20 @@ Folders = Annotated[list[str] | None, typer.Option("--model", metavar="FOLDER", 
 
 @bench.command(epilog="Example: quantkit bench attention --json")
 def attention(
-    context: Contexts = None, group: Groups = None, kv: Specs = None, as_json: Json = False, debug: Debug = False
+    context: Contexts = None,
+    group: Groups = None,
+    kv: Specs = None,
+    journal: Journal = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """One decode step over a quantized KV cache."""
     from quantkit.evaluation.attention_speed import bench_attention
 
     busy("measuring")
     given = {"contexts": context, "groups": group, "specs": kv}
-    report = bench_attention(**{name: value for name, value in given.items() if value})  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
+    report = bench_attention(**chosen, progress=lambda cell: _tell(_attention_line(cell), cell, journal))
     if as_json:
         print_json(report)
     else:
@@ -229,6 +235,11 @@ def _show_decode(report: dict[str, Any]) -> None:
             row["name"], row["step"], *times, f"{row['tokens_per_second']:.0f}", f"{row['gigabytes']:.2f}", speedup
         )
     screen.print("", made, "")
+
+
+def _attention_line(cell: dict[str, Any]) -> str:
+    times = ", ".join(f"{each['name']} {each['microseconds']:.1f}" for each in cell["results"])
+    return f"{cell['context']} tokens, {cell['group']} query heads: {times} µs"
 
 
 def _show_attention(report: dict[str, Any]) -> None:

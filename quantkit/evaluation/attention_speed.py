@@ -7,7 +7,7 @@ those of `gpu_timing`. Every output is compared with attention in float32 first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +25,18 @@ _STEP = 4096  # tokens that are appended at a time
 def bench_attention(
     contexts: Sequence[int] = (8192, 32768, 131072),
     groups: Sequence[int] = (4, 8),
-    specs: Sequence[str] = ("akvq-vl:bits=4", "akvq-vl", "zipcache"),
+    specs: Sequence[str] = ("akvq-vl:bits=4", "akvq-vl", "zipcache", "int4", "int2"),
     replays: int = REPLAYS,
+    progress: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Times of a decode step, by context length and query heads per KV head.
+
+    Args:
+        contexts: tokens in the cache.
+        groups: query heads for each of the 8 KV heads.
+        specs: KV policies.
+        replays: of every graph, that are timed.
+        progress: called with each cell as soon as it is measured.
 
     Raises:
         RequestError: no CUDA device.
@@ -42,6 +50,9 @@ def bench_attention(
             query = torch.randn(HEADS, group, HEAD_DIM, generator=generator, device="cuda", dtype=torch.bfloat16)
             competitors = [*stock(query, keys, values), *(quantized(spec, query, keys, values) for spec in specs)]
             cells.append({"context": context, "group": group, "results": measure(competitors, replays)})
+            if progress is not None:
+                progress(cells[-1])
+            del competitors
     return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "heads": HEADS, "cells": cells}
 
 

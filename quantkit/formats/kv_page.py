@@ -16,6 +16,7 @@ Scales and offsets are float16, and the codes were computed with the rounded one
 
     per token      [heads, head_dim / group, pages * 128]   `group` channels of a token share a scale
                    [1, 1, pages * 128]                      all heads share it (`shared`)
+                   in a page: those of the E tokens of word 0, of word 1, ... (`scale_places`)
     per channel    [heads, pages * 128 / group, head_dim]   `group` consecutive tokens share it
 
 Keys and values lie in tensors of their own, so that an estimate of the attention scores can be made from the key codes
@@ -155,6 +156,17 @@ def _split(words: Tensor, spec: PageSpec) -> Tensor:
     return ((words.unsqueeze(2) >> shifts) & ((1 << spec.bits) - 1)).to(torch.uint8)
 
 
+def scale_places(start: int, stop: int, spec: PageSpec, device: torch.device) -> Tensor:
+    """Where the scales per token of the slots start .. stop - 1 lie: those of the tokens of a word are neighbours.
+
+    >>> spec = PageSpec(heads=1, head_dim=2, bits=4, keys=GridSpec(group=2), values=GridSpec(group=2))
+    >>> scale_places(127, 130, spec, torch.device("cpu")).tolist()
+    [127, 128, 132]
+    """
+    slot = torch.arange(start, stop, device=device)
+    return slot // PAGE * PAGE + slot % spec.run * spec.fields + slot % PAGE // spec.run
+
+
 def dequantize(tensors: dict[str, Tensor], spec: PageSpec, which: str, pages: slice) -> Tensor:
     """float32 [heads, n, head_dim]: the keys or the values (``which``) of some pages."""
     is_key = which == "key"
@@ -162,16 +174,17 @@ def dequantize(tensors: dict[str, Tensor], spec: PageSpec, which: str, pages: sl
     words = tensors[f"{which}_words"][:, pages]
     codes = (unpack_keys if is_key else unpack_values)(words, spec).float()
     slots = slice(pages.start * PAGE, pages.start * PAGE + codes.shape[1])
-    scale = _spread(tensors[f"{which}_scales"], grid, slots)
+    scale = _spread(tensors[f"{which}_scales"], grid, spec, slots)
     if not grid.offsets:
         return (codes - ((1 << spec.bits) - 1) / 2) * scale
-    return codes * scale + _spread(tensors[f"{which}_offsets"], grid, slots)
+    return codes * scale + _spread(tensors[f"{which}_offsets"], grid, spec, slots)
 
 
-def _spread(scales: Tensor, grid: GridSpec, slots: slice) -> Tensor:
-    """float32 scales that broadcast to [heads, n, head_dim], of the tokens in the slots."""
+def _spread(scales: Tensor, grid: GridSpec, spec: PageSpec, slots: slice) -> Tensor:
+    """float32 scales that broadcast to [heads, n, head_dim], of the tokens in the slots, which are whole pages."""
     if grid.axis == "token":
-        by_token = scales[:, :, slots].transpose(1, 2).float()
+        words = scales[:, :, slots].unflatten(2, (-1, spec.run, spec.fields))
+        by_token = words.transpose(-1, -2).flatten(2).transpose(1, 2).float()
         return by_token if by_token.shape[2] == 1 else by_token.repeat_interleave(grid.group, 2)
     groups = slice(slots.start // grid.group, -(-slots.stop // grid.group))
     return scales[:, groups].float().repeat_interleave(grid.group, 1)

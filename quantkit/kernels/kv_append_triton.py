@@ -87,9 +87,10 @@ def append_kernel(
             x = rotate_rows(x, D)
         code, scale, offset = _encode(x, clip, START, BITS, OFFSETS)
         joined |= tl.where(inside[:, None], code, 0) << (field * BITS)
-        tl.store(scales + head * scale_stride + slot, scale, mask=inside)
+        place = head * scale_stride + page * PAGE + run * FIELDS + field
+        tl.store(scales + place, scale, mask=inside)
         if OFFSETS:
-            tl.store(offsets + head * scale_stride + slot, offset, mask=inside)
+            tl.store(offsets + place, offset, mask=inside)
     base = words + head.to(tl.int64) * word_stride + page.to(tl.int64) * (RUN * D)
     if IS_KEY:
         target = base + run[:, None] * D + channel[None, :]

@@ -289,22 +289,29 @@ class _Bound:
             compiled = kernel[grid](**arguments, **ON_DEVICE)
             names = kernel.arg_names
             places = [(place, _CHANGING.index(each)) for place, each in enumerate(names) if each in _CHANGING]
-            # tensors of a step are not kept
-            values = [None if each in _CHANGING else (arguments | ON_DEVICE)[each] for each in names]
+            # tensors of a step are not kept, and of the others the launcher takes addresses sooner than tensors
+            values = [None if each in _CHANGING else _addresses((arguments | ON_DEVICE)[each]) for each in names]
             made.append((compiled[grid], values, places))
         if _aligned(step):  # what was compiled may rely on it
             self.launches = made
 
     def replay(self, step: Step) -> None:
         """Launch what was compiled, on the operands of another step."""
-        lse = step.lse  # stands for tensors that are not read
-        keys, values = (lse if each is None else each for each in (step.keys, step.values))
-        operands = (step.query, keys, values, step.result, lse, step.work)
+        absent = step.lse  # stands for tensors that are not read
+        tensors = (step.query, step.keys, step.values, step.result, step.lse, step.work)
+        operands = [(absent if each is None else each).data_ptr() for each in tensors]
         for run, values_held, places in self.launches:
             arguments = values_held.copy()
             for place, number in places:
                 arguments[place] = operands[number]
             run(*arguments)
+
+
+def _addresses(argument: Any) -> Any:
+    """The argument with the addresses of tensors in their place."""
+    if isinstance(argument, tuple):
+        return tuple(_addresses(each) for each in argument)
+    return argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 
 def _aligned(step: Step) -> bool:

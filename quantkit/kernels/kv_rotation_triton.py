@@ -43,9 +43,11 @@ def rotate_columns(x, D: tl.constexpr):
     COLUMNS: tl.constexpr = x.shape[1]
     REST: tl.constexpr = D // 16
     x = tl.dot(_signs(4), tl.reshape(x.to(tl.float16), (16, REST * COLUMNS)), out_dtype=tl.float32) * 0.25
-    x = tl.reshape(tl.permute(tl.reshape(x, (REST, 16, COLUMNS)), (1, 0, 2)), (16, REST * COLUMNS))
+    x = tl.reshape(tl.permute(tl.reshape(x, (REST, 16, COLUMNS)), (1, 2, 0)), (16, COLUMNS * REST))
     signs = _signs(_log2(REST))
     rounded = x.to(tl.float16)
     x = tl.dot(signs, (x - rounded.to(tl.float32)).to(tl.float16), out_dtype=tl.float32)
     x = tl.dot(signs, rounded, x, out_dtype=tl.float32) * REST**-0.5
-    return tl.reshape(tl.permute(tl.reshape(x, (16, REST, COLUMNS)), (1, 0, 2)), (D, COLUMNS))
+    # the last order puts the columns of the product into the registers of a thread: what shuffles cannot make an operand
+    # of goes through shared memory, once, where a loop that uses it would shuffle it anew each time
+    return tl.reshape(tl.permute(tl.reshape(x, (16, COLUMNS, REST)), (2, 0, 1)), (D, COLUMNS))

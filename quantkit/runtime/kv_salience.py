@@ -85,8 +85,9 @@ class Salience:
             salient = most_salient(total / seen.clamp_min(1), round(self.policy.share * n))
             return [1 - int(each) for each in salient.tolist()]
         classes = [0] * n
-        if salience == "pivots":
-            for index in self._pivots(keys, positions)[: max(0, 2 * self.policy.pinned - n_pinned)]:
+        room = 2 * self.policy.pinned - n_pinned
+        if salience == "pivots" and room > 0:  # else nobody has to wait for the scores
+            for index in self._pivots(keys, positions)[:room]:
                 classes[index] = PINNED
         return classes
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantkit.algorithms.kv.coding import Coded, encode
 from quantkit.algorithms.kv.policy import Transform
-from quantkit.formats.kv_page import PAGE, GridSpec, PageSpec, dequantize, pack_keys, pack_values
+from quantkit.formats.kv_page import PAGE, GridSpec, PageSpec, dequantize, pack_keys, pack_values, scale_places
 from quantkit.kernels.kv_append import append, supports_append
 from quantkit.kernels.kv_attention import Part, attend, attend_pages
 
@@ -111,7 +111,8 @@ class PackedSegment:
         self.tensors[f"{which}_words"][:, first : first + words.shape[1]] |= words  # the fields there are still 0
         for name, new in (("scales", coded.scales), ("offsets", coded.offsets)):
             if new is not None and grid.axis == "token":
-                self.tensors[f"{which}_{name}"][:, :, start : start + new.shape[2]] = new
+                places = scale_places(start, start + new.shape[2], self.spec, new.device)
+                self.tensors[f"{which}_{name}"][:, :, places] = new
             elif new is not None:
                 group = start // grid.group
                 self.tensors[f"{which}_{name}"][:, group : group + new.shape[1]] = new
@@ -166,12 +167,13 @@ class PackedSegment:
             live[:, : count % PAGE] = (1 << spec.bits) - 1
             self.tensors["key_words"][:, -1:] &= pack_keys(live, spec)
             self.tensors["value_words"][:, -1:] &= pack_values(live, spec)
+            free = scale_places(count, n_pages * PAGE, spec, live.device)
             for which, grid in (("key", spec.keys), ("value", spec.values)):
-                for name in (f"{which}_scales", f"{which}_offsets"):
-                    if name in self.tensors:
-                        first = count if grid.axis == "token" else count // grid.group
-                        held = self.tensors[name]
-                        (held[:, :, first:] if grid.axis == "token" else held[:, first:]).zero_()
+                for name in {f"{which}_scales", f"{which}_offsets"} & self.tensors.keys():
+                    if grid.axis == "token":
+                        self.tensors[name][:, :, free] = 0
+                    else:
+                        self.tensors[name][:, count // grid.group :] = 0
 
 
 def _token_dimension(name: str, spec: PageSpec) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cli_runs import quantkit
 
-from quantkit.cli.bench import _show_decode, _show_kernels, _tell
+from quantkit.cli.bench import _attention_line, _show_decode, _show_kernels, _tell
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -46,6 +46,12 @@ def test_a_journal_gets_a_line_for_each_result(tmp_path: Path) -> None:
         _tell("told", {"number": number}, file)
     _tell("told", {"number": 3}, None)
     assert [json.loads(line) for line in file.read_text().splitlines()] == [{"number": 1}, {"number": 2}]
+
+
+def test_a_line_for_a_cell_of_attention() -> None:
+    results = [{"name": "sdpa flash", "microseconds": 48.44}, {"name": "int4", "microseconds": 19.25}]
+    line = _attention_line({"context": 32768, "group": 8, "results": results})
+    assert line == "32768 tokens, 8 query heads: sdpa flash 48.4, int4 19.2 µs"
 
 
 def test_tables_begin_with_losses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,10 @@ def test_no_device() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_small_cell() -> None:
-    report = bench_attention(contexts=(1024,), groups=(4,), specs=("int4",), replays=3)
+    told: list[object] = []
+    report = bench_attention(contexts=(1024,), groups=(4,), specs=("int4",), replays=3, progress=told.append)
     (cell,) = report["cells"]
+    assert told == [cell]
     names = [each["name"] for each in cell["results"]]
     assert names[-1] == "int4"
     assert all(each["microseconds"] > 0 and each["p10"] <= each["p90"] for each in cell["results"])

@@ -93,5 +93,6 @@ def test_dequantize_is_scale_times_code_plus_offset() -> None:
         code = float(codes[head, slot, channel])
         scale, offset = (float(tensors[f"key_{name}"][head, slot // 32, channel]) for name in ("scales", "offsets"))
         assert float(keys[head, token, channel]) == pytest.approx(code * scale + offset, rel=1e-6)
-        scale = float(tensors["value_scales"][head, channel // 4, slot])
+        place = slot // PAGE * PAGE + slot % 32 * 4 + slot % PAGE // 32  # word, then field
+        scale = float(tensors["value_scales"][head, channel // 4, place])
         assert float(values[head, token, channel]) == pytest.approx((code - 7.5) * scale, rel=1e-6)
