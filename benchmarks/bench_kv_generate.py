@@ -4,7 +4,7 @@
 
 A model of Llama 3 8B's shape with few layers and random weights in bfloat16, one sequence, greedy, not compiled. The
 stock cache runs twice: with the attention that torch chooses, and with its flash kernel alone. The variants take turns;
-each turn is one call of `generate`, whose tokens are timed on the host as they come (`generate` waits for each of them).
+each turn is one call of `generate`, whose tokens are timed on the host as they come: `generate` waits for each of them.
 Beside the median stands what the host and the device need for a step: a loop of the model's forward without waiting,
 and the sum of its kernels as the profiler sees them. A line of JSON for each variant.
 """
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def turn(model: Any, ids: Tensor, spec: str, n_tokens: int) -> tuple[list[float]
             stopping_criteria=StoppingCriteriaList([clock]),
         )
     times = clock.times[WARM_UP - 1 :]
-    return [1e3 * (after - before) for before, after in zip(times, times[1:], strict=False)], cache
+    return [1e3 * (after - before) for before, after in pairwise(times)], cache
 
 
 @torch.inference_mode()

@@ -164,7 +164,8 @@ def scale_places(start: int, stop: int, spec: PageSpec, device: torch.device) ->
     [127, 128, 132]
     """
     slot = torch.arange(start, stop, device=device)
-    return slot // PAGE * PAGE + slot % spec.run * spec.fields + slot % PAGE // spec.run
+    places: Tensor = slot // PAGE * PAGE + slot % spec.run * spec.fields + slot % PAGE // spec.run
+    return places
 
 
 def dequantize(tensors: dict[str, Tensor], spec: PageSpec, which: str, pages: slice) -> Tensor:

@@ -72,25 +72,60 @@ def _prefetch(pointer, nbytes, ASM: tl.constexpr):
         )
 
 
+@triton.constexpr_function
+def _packed(fields):
+    """Scales that are loaded as one integer: those of the tokens of a word, up to 8 bytes."""
+    return min(fields, 4)
+
+
 @triton.jit
-def _load_planes(pointer, FIELDS: tl.constexpr, RUN: tl.constexpr):
-    """What a page has for each token, as a tuple of planes."""
+def _load_scales(pointer, FIELDS: tl.constexpr, RUN: tl.constexpr):
+    """What a page has for each token, as a tuple of integers [RUN]; pointer: at the page."""
+    PARTS: tl.constexpr = FIELDS // _packed(FIELDS)
+    INTEGER: tl.constexpr = tl.int64 if _packed(FIELDS) == 4 else tl.int32
+    first = pointer.to(tl.pointer_type(INTEGER)) + tl.arange(0, RUN) * PARTS
+    held = ()
+    for part in tl.static_range(PARTS):
+        held = held + (tl.load(first + part),)  # noqa: RUF005 - Triton knows no unpacking
+    return held
+
+
+@triton.jit
+def _planes(held, FIELDS: tl.constexpr, ASM: tl.constexpr):
+    """float16 [RUN] of each plane."""
     planes = ()
-    for field in tl.static_range(FIELDS):
-        planes = planes + (tl.load(pointer + field * RUN),)  # noqa: RUF005 - Triton knows no unpacking
+    for part in tl.static_range(FIELDS // _packed(FIELDS)):
+        if ASM and FIELDS >= 4:
+            planes = planes + tl.inline_asm_elementwise(
+                "mov.b64 {$0,$1,$2,$3}, $4;", "=h,=h,=h,=h,l", [held[part]],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            for place in tl.static_range(_packed(FIELDS)):
+                plane = (held[part] >> (16 * place)).to(tl.int16).to(tl.float16, bitcast=True)
+                planes = planes + (plane,)  # noqa: RUF005
     return planes
+
+
+@triton.jit
+def _cut(scores, left, FIELDS: tl.constexpr, RUN: tl.constexpr):
+    """The scores of a page, by plane, of which the first `left` tokens count."""
+    token = tl.arange(0, RUN)
+    kept = ()
+    for field in tl.static_range(FIELDS):
+        kept = kept + (tl.where((token + field * RUN < left)[:, None], scores[field], LOW),)  # noqa: RUF005
+    return kept
 
 
 @triton.jit
 def _pages(
     operand, key_words, key_scales, key_offsets, value_words, value_scales, value_offsets, count, first, last,
-    BITS: tl.constexpr, KEY_OFFSETS: tl.constexpr, VALUE_OFFSETS: tl.constexpr, AHEAD: tl.constexpr,
-    ASM: tl.constexpr,
+    BITS: tl.constexpr, KEY_OFFSETS: tl.constexpr, VALUE_OFFSETS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """(output [D, columns] unnormalized, maximum, sum) over pages first .. last - 1, for queries float16 [D, columns];
     pointers are at the head. Sums over tokens are finished after the loop: each costs a barrier. On a symmetric grid
     the products bring the middle of the codes along: as what the sums of keys start from, and as one row of the values.
-    With AHEAD a page's scales are loaded while the page before is worked on.
+    A page's scales are loaded while the page before is worked on.
     """
     D: tl.constexpr = operand.shape[0]
     COLUMNS: tl.constexpr = operand.shape[1]
@@ -107,36 +142,38 @@ def _pages(
     output = tl.zeros((D, COLUMNS), tl.float32)
     keys = key_words + first.to(tl.int64) * (RUN * D) + run[:, None] * D + channel[None, :]
     values = value_words + first.to(tl.int64) * (RUN * D) + channel[:, None] * RUN + run[None, :]
-    key_scale = _load_planes(key_scales + first * PAGE + run, FIELDS, RUN)
-    value_scale = _load_planes(value_scales + first * PAGE + run, FIELDS, RUN)
+    next_key_scale = _load_scales(key_scales + first * PAGE, FIELDS, RUN)
+    next_value_scale = _load_scales(value_scales + first * PAGE, FIELDS, RUN)
     for page in range(first, last):
-        slot = page * PAGE + run
-        if AHEAD:
-            following = tl.minimum(page + 1, last - 1) * PAGE + run
-            next_key_scale = _load_planes(key_scales + following, FIELDS, RUN)
-            next_value_scale = _load_planes(value_scales + following, FIELDS, RUN)
-        else:
-            key_scale = _load_planes(key_scales + slot, FIELDS, RUN)
-            value_scale = _load_planes(value_scales + slot, FIELDS, RUN)
+        key_scale = _planes(next_key_scale, FIELDS, ASM)
+        value_scale = _planes(next_value_scale, FIELDS, ASM)
+        following = tl.minimum(page + 1, last - 1) * PAGE
+        next_key_scale = _load_scales(key_scales + following, FIELDS, RUN)
+        next_value_scale = _load_scales(value_scales + following, FIELDS, RUN)
         if KEY_OFFSETS:
-            key_level = _load_planes(key_offsets + slot, FIELDS, RUN)
+            key_level = _planes(_load_scales(key_offsets + page * PAGE, FIELDS, RUN), FIELDS, ASM)
         if VALUE_OFFSETS:
-            value_level = _load_planes(value_offsets + slot, FIELDS, RUN)
+            value_level = _planes(_load_scales(value_offsets + page * PAGE, FIELDS, RUN), FIELDS, ASM)
         words = tl.load(keys, eviction_policy="evict_first")
         keys += RUN * D
+        left = count - page * PAGE
         scores = ()
-        peak = tl.full((RUN, COLUMNS), LOW, tl.float32)
         for field in tl.static_range(FIELDS):
-            level = tl.where(slot + field * RUN < count, 0.0, LOW)[:, None]
             if KEY_OFFSETS:
                 start = tl.zeros((RUN, COLUMNS), tl.float32)
-                level = level + key_level[field].to(tl.float32)[:, None] * query_sum[None, :]
             else:
                 start = tl.broadcast_to((query_sum * (-MIDDLE * _unit(BITS, field)))[None, :], (RUN, COLUMNS))
             product = tl.dot(_plane(words, field, BITS, ASM), operand, start, out_dtype=tl.float32)
-            score = product * (key_scale[field].to(tl.float32) * (1 / _unit(BITS, field)))[:, None] + level
-            peak = tl.maximum(peak, score)
+            score = product * (key_scale[field].to(tl.float32) * (1 / _unit(BITS, field)))[:, None]
+            if KEY_OFFSETS:
+                level = tl.where(run + field * RUN < left, 0.0, LOW)[:, None]
+                score += level + key_level[field].to(tl.float32)[:, None] * query_sum[None, :]
             scores = scores + (score,)  # noqa: RUF005
+        if not KEY_OFFSETS and left < PAGE:  # where there is nothing to add, the last page has a branch of its own
+            scores = _cut(scores, left, FIELDS, RUN)
+        peak = scores[0]
+        for field in tl.static_range(1, FIELDS):
+            peak = tl.maximum(peak, scores[field])
         new = tl.maximum(top, tl.max(peak, 0))
         decay = tl.exp2(top - new)
         top = new
@@ -159,9 +196,6 @@ def _pages(
             else:
                 ones = tl.full((16, RUN), _unit(BITS, field) * 2**24, tl.float16)
                 middle = tl.dot(ones, scaled, middle, out_dtype=tl.float32)
-        if AHEAD:
-            key_scale = next_key_scale
-            value_scale = next_value_scale
     shift = tl.sum(offset, 0) if VALUE_OFFSETS else tl.max(middle, 0) * (-MIDDLE / 64)  # of 16 equal rows
     return output * 262144.0 + shift[None, :], top, tl.sum(total, 0)
 
@@ -174,7 +208,7 @@ def _floats(
     head. The token at `new_keys` comes after these, and is kept in their place."""
     D: tl.constexpr = operand.shape[0]
     COLUMNS: tl.constexpr = operand.shape[1]
-    TILE: tl.constexpr = 32
+    TILE: tl.constexpr = 16
     token = tl.arange(0, TILE)
     channel = tl.arange(0, D)
     top = tl.full((COLUMNS,), LOW, tl.float32)
@@ -236,8 +270,7 @@ def _ask(
 @triton.jit
 def _segment(
     tensors, numbers, local, head, operand, lengths, BITS: tl.constexpr, KEY_SHARED: tl.constexpr,
-    VALUE_SHARED: tl.constexpr, KEY_OFFSETS: tl.constexpr, VALUE_OFFSETS: tl.constexpr, AHEAD: tl.constexpr,
-    ASM: tl.constexpr,
+    VALUE_SHARED: tl.constexpr, KEY_OFFSETS: tl.constexpr, VALUE_OFFSETS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """`_pages` of split `local` of one segment."""
     key_words, key_scales, key_offsets, value_words, value_scales, value_offsets = tensors
@@ -248,7 +281,7 @@ def _segment(
     return _pages(
         operand, key_words + words, key_scales + keys, key_offsets + keys, value_words + words, value_scales + values,
         value_offsets + values, tl.load(lengths + entry), local * n_pages // splits, (local + 1) * n_pages // splits,
-        BITS, KEY_OFFSETS, VALUE_OFFSETS, AHEAD, ASM,
+        BITS, KEY_OFFSETS, VALUE_OFFSETS, ASM,
     )  # fmt: skip
 
 
@@ -259,7 +292,7 @@ def decode_kernel(
     D: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, ROTATE_KEYS: tl.constexpr,
     ROTATE_VALUES: tl.constexpr, KEY_SHARED: tl.constexpr, VALUE_SHARED: tl.constexpr, KEY_OFFSETS: tl.constexpr,
     VALUE_OFFSETS: tl.constexpr, MEAN: tl.constexpr, CHANNEL_SCALES: tl.constexpr, NEW: tl.constexpr,
-    AHEAD: tl.constexpr, ASM: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits of the tokens in 16 bits, then of all segments; heads).
 
@@ -304,13 +337,13 @@ def decode_kernel(
         if MEAN:
             shift = tl.sum(operand * tl.load(mean + head * D + channel).to(tl.float32)[:, None], 0) * scaling
         if ROTATE_KEYS:
-            operand = rotate_columns(operand, D)
+            operand = rotate_columns(operand, D, True)
         local = slot - float_splits
         for index in tl.static_range(len(BITS)):
             if (local >= 0) & (local < (numbers[index][2] >> 1)):
                 output, top, total = _segment(
                     segments[index], numbers[index], local, head, (operand * scaling).to(tl.float16), lengths,
-                    BITS[index], KEY_SHARED, VALUE_SHARED, KEY_OFFSETS, VALUE_OFFSETS, AHEAD, ASM,
+                    BITS[index], KEY_SHARED, VALUE_SHARED, KEY_OFFSETS, VALUE_OFFSETS, ASM,
                 )  # fmt: skip
             local -= numbers[index][2] >> 1
         top += shift

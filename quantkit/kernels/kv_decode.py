@@ -23,7 +23,7 @@ from quantkit.kernels.kv_attention import Part
 
 MAX_SPLITS = 246  # of all segments: with those of tokens in 16 bits 256 slots at most, which merge reads at once
 HEAD_DIMS = (64, 128, 256)
-_RESIDENT = {2: 9, 4: 4, 8: 3}  # programs of a multiprocessor, by bits: what registers and memory leave room for
+_WARPS = {2: 8, 4: 8, 8: 6}  # of a multiprocessor, by bits: two for each of its schedulers; a third was slower
 _LOG2_E = 1.4426950408889634
 _MERGE_TILE = 1 << 13  # numbers that a program of the merge holds at once
 ON_DEVICE = {"ASM": True, "launch_pdl": True}  # a launch begins before the one that it waits for has ended
@@ -68,13 +68,12 @@ class DecodeConfig:
     """Shape of the launch.
 
     splits: of each segment.
-    ahead: whether a page's scales are loaded while the page before is worked on; takes registers.
+    stages: of the pipeline through which words come.
     """
 
     splits: tuple[int, ...]
     warps: int
     stages: int = 3
-    ahead: bool = False
 
 
 def supports(query: Tensor, specs: Sequence[PageSpec], dtype: torch.dtype) -> bool:
@@ -96,17 +95,16 @@ def _one_scale(grid: GridSpec, head_dim: int) -> bool:
 
 
 def choose_config(pages: Sequence[Pages]) -> DecodeConfig:
-    """As many programs as an H200 (132 multiprocessors) holds at once, each with the same number of pages; what was
-    fastest at 8,192, 32,768 and 131,072 tokens of 8 heads (docs/results.md)."""
-    widest = max(each.spec.bits for each in pages)
+    """As many programs as keep the schedulers of an H200 (132 multiprocessors) equally busy; what was fastest at 8,192,
+    32,768 and 131,072 tokens of 8 heads (docs/results.md)."""
+    widths = [each.spec.bits for each in pages]
+    warps = 1 if min(widths) == 2 else 2
     total = sum(each.count for each in pages)
-    most = max(1, min(MAX_SPLITS, 132 * _RESIDENT[widest] // pages[0].spec.heads - 2))
-    per = -(-total // most)
-    if per > 8 and most > 3:  # long splits: the programs of the tokens in 16 bits have to be held at once with them
-        per = -(-total // (most - 3))
-    splits = tuple(-(-each.count // per) for each in pages)
-    warps = 1 if widest == 2 else 2
-    return DecodeConfig(splits=splits, warps=warps, stages=2 if per <= 2 else 3, ahead=widest > 2 and per > 2)
+    room = max(1, min(MAX_SPLITS, 132 * _WARPS[max(widths)] // warps // pages[0].spec.heads))
+    n = total if total <= room else max(1, room - 3)  # long splits: beside the programs of the tokens in 16 bits
+    splits = tuple(max(1, each.count * n // total) for each in pages)
+    short = -(-total // n) <= 2
+    return DecodeConfig(splits=splits, warps=warps, stages=2 if short or len(set(widths)) > 1 else 3)
 
 
 Launch = tuple[str, tuple[int, int, int], dict[str, Any]]  # the kernel's name, grid, arguments, all but `ON_DEVICE`
@@ -202,7 +200,6 @@ def decode_launches(step: Step, scaling: float, cache: PackedCache, config: Deco
         "VALUE_OFFSETS": values.offsets,
         "MEAN": cache.key_mean is not None,
         "CHANNEL_SCALES": cache.value_scale is not None,
-        "AHEAD": config.ahead,
         "num_warps": config.warps,
         "num_stages": config.stages,
     }

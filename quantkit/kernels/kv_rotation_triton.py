@@ -37,17 +37,25 @@ def _signs(BITS: tl.constexpr):
 
 
 @triton.jit
-def rotate_columns(x, D: tl.constexpr):
+def rotate_columns(x, D: tl.constexpr, OPERAND: tl.constexpr = False):
     """H x for x [D, columns], D from 64 to 256: two products on tensor cores, of the four highest bits of the index and
-    of the others. x is rounded to float16 once: queries of 16 bits are not."""
+    of the others. x is rounded to float16 once: queries of 16 bits are not.
+
+    OPERAND: the result is an operand of products in a loop. The columns of the last product then come to lie in the
+    registers of a thread, from where shuffles cannot make an operand: it goes through shared memory, once, and is read
+    from there. An operand that shuffles can make would be shuffled anew on every turn of the loop.
+    """
     COLUMNS: tl.constexpr = x.shape[1]
     REST: tl.constexpr = D // 16
     x = tl.dot(_signs(4), tl.reshape(x.to(tl.float16), (16, REST * COLUMNS)), out_dtype=tl.float32) * 0.25
-    x = tl.reshape(tl.permute(tl.reshape(x, (REST, 16, COLUMNS)), (1, 2, 0)), (16, COLUMNS * REST))
+    x = tl.reshape(x, (REST, 16, COLUMNS))
+    x = tl.reshape(tl.permute(x, (1, 2, 0) if OPERAND else (1, 0, 2)), (16, REST * COLUMNS))
     signs = _signs(_log2(REST))
     rounded = x.to(tl.float16)
     x = tl.dot(signs, (x - rounded.to(tl.float32)).to(tl.float16), out_dtype=tl.float32)
     x = tl.dot(signs, rounded, x, out_dtype=tl.float32) * REST**-0.5
-    # the last order puts the columns of the product into the registers of a thread: what shuffles cannot make an operand
-    # of goes through shared memory, once, where a loop that uses it would shuffle it anew each time
-    return tl.reshape(tl.permute(tl.reshape(x, (16, COLUMNS, REST)), (2, 0, 1)), (D, COLUMNS))
+    if OPERAND:
+        x = tl.permute(tl.reshape(x, (16, COLUMNS, REST)), (2, 0, 1))
+    else:
+        x = tl.permute(tl.reshape(x, (16, REST, COLUMNS)), (1, 0, 2))
+    return tl.reshape(x, (D, COLUMNS))
