@@ -184,8 +184,8 @@ def dequantize(tensors: dict[str, Tensor], spec: PageSpec, which: str, pages: sl
 def _spread(scales: Tensor, grid: GridSpec, spec: PageSpec, slots: slice) -> Tensor:
     """float32 scales that broadcast to [heads, n, head_dim], of the tokens in the slots, which are whole pages."""
     if grid.axis == "token":
-        words = scales[:, :, slots].unflatten(2, (-1, spec.run, spec.fields))
-        by_token = words.transpose(-1, -2).flatten(2).transpose(1, 2).float()
+        words = scales[:, :, slots].reshape(*scales.shape[:2], -1, spec.run, spec.fields)
+        by_token: Tensor = words.transpose(-1, -2).flatten(2).transpose(1, 2).float()
         return by_token if by_token.shape[2] == 1 else by_token.repeat_interleave(grid.group, 2)
     groups = slice(slots.start // grid.group, -(-slots.stop // grid.group))
     return scales[:, groups].float().repeat_interleave(grid.group, 1)

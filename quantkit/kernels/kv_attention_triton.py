@@ -171,8 +171,8 @@ def _pages(
             scores = scores + (score,)  # noqa: RUF005
         if not KEY_OFFSETS and left < PAGE:  # where there is nothing to add, the last page has a branch of its own
             scores = _cut(scores, left, FIELDS, RUN)
-        peak = scores[0]
-        for field in tl.static_range(1, FIELDS):
+        peak = tl.full((RUN, COLUMNS), LOW, tl.float32)
+        for field in tl.static_range(FIELDS):
             peak = tl.maximum(peak, scores[field])
         new = tl.maximum(top, tl.max(peak, 0))
         decay = tl.exp2(top - new)
