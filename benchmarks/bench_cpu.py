@@ -2,8 +2,8 @@
 
     python benchmarks/bench_cpu.py --formats int2 int4 ptq161 --tokens 1 512 --threads 1
 
-The torch twin of the format against ``F.linear`` with a float32 and a bfloat16 weight of the same shape; best of
-several runs. On a GPU: ``quantkit bench kernels``.
+The torch twin of the format against ``F.linear`` with a weight of the same shape, in float32 and in bfloat16, in turns;
+best of several runs. On a GPU: ``quantkit bench kernels``.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from quantkit.formats import storage
 from quantkit.kernels.storage import kernel_of
 
 
-def best_time(call: Callable[[], Tensor], seconds: float = 0.5) -> float:
-    """Microseconds."""
-    call()
-    times = []
-    stop = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < stop:
-        start = time.perf_counter()
+def best_times(calls: dict[str, Callable[[], Tensor]], seconds: float = 2.0) -> dict[str, float]:
+    """Microseconds of each call, the best of several; calls take turns, so that other load falls on all of them."""
+    for call in calls.values():
         call()
-        times.append((time.perf_counter() - start) * 1e6)
-    return min(times)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    stop = time.perf_counter() + seconds
+    while len(times[next(iter(calls))]) < 3 or time.perf_counter() < stop:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e6)
+    return {name: min(each) for name, each in times.items()}
 
 
 def main() -> None:
@@ -49,15 +51,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.shape[0]} x {arguments.shape[1]}")
-    weight = torch.randn(*arguments.shape)
-    half = weight.bfloat16()
+    weights = {dtype: torch.randn(*arguments.shape, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     with torch.inference_mode():
         for m in arguments.tokens:
-            x = torch.randn(m, arguments.shape[1])
-            x_half = x.bfloat16()
-            dense = best_time(lambda x=x: linear(x, weight))
-            half_dense = best_time(lambda x=x_half: linear(x, half))
-            print(f"{m:>4} tokens  float32 {dense:.0f} us, bfloat16 {half_dense:.0f} us")
             for name in arguments.formats:
                 spec = random_spec(name, *arguments.shape)
                 tensors, matmul = random_tensors(spec), kernel_of(spec).matmul
@@ -66,9 +62,20 @@ def main() -> None:
                     [],
                     storage.unpack(spec, tensors).dequantize(),
                 )
-                error = relative_error(held, x)
-                us = best_time(lambda x=x, held=held: held.product(x))
-                print(f"      {name:>16}  {us:>9.0f} us  {us / dense:.2f}x of float32  relative error {error:.1e}")
+                for dtype, weight in weights.items():
+                    x = torch.randn(m, arguments.shape[1], dtype=dtype)
+                    times = best_times(
+                        {
+                            "dense": lambda x=x, weight=weight: linear(x, weight),
+                            "packed": lambda x=x, held=held: held.product(x),
+                        }
+                    )
+                    print(
+                        f"{m:>4} tokens {name:>16} {str(dtype)[6:]:>9}  {times['packed']:>9.0f} us, dense "
+                        f"{times['dense']:>9.0f}, ratio {times['packed'] / times['dense']:.2f}, "
+                        f"relative error {relative_error(held, x):.1e}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":
