@@ -65,6 +65,38 @@ def _dot(a, b, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _add_shares(
+    partial, out, first, n_shares, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """Attention of up to four rows from all their shares.
+
+    Every thread reads what it needs of all shares at once and adds in registers: sums across threads take longer.
+    """
+    columns = tl.arange(0, HEAD_DIM)[None, :]
+    row = first + tl.arange(0, 4)[:, None]
+    there = partial + row * (HEAD_DIM + 2) + columns * 0
+    peaks = ()
+    weights = ()
+    parts = ()
+    for share in tl.static_range(SPLITS):
+        written = row < tl.where(share < n_shares, GROUP, 0)
+        place = there + share * GROUP * (HEAD_DIM + 2)
+        peaks = peaks + (tl.load(place + HEAD_DIM, mask=written, other=-1e30, cache_modifier=".cg"),)
+        weights = weights + (tl.load(place + HEAD_DIM + 1, mask=written, other=1.0, cache_modifier=".cg"),)
+        parts = parts + (tl.load(place + columns, mask=written, other=0.0, cache_modifier=".cg"),)
+    peak = peaks[0]
+    for share in tl.static_range(1, SPLITS):
+        peak = tl.maximum(peak, peaks[share])
+    result = tl.zeros_like(peak)
+    weight = tl.zeros_like(peak)
+    for share in tl.static_range(SPLITS):
+        fade = tl.exp(peaks[share] - peak)
+        result += parts[share] * fade
+        weight += weights[share] * fade
+    tl.store(out + row * HEAD_DIM + columns, (result / weight).to(out.dtype.element_ty), mask=row < GROUP)
+
+
+@triton.jit
 def _merge(
     partial, counter, out, split, n_shares, acc, highest, total_weight, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -79,22 +111,8 @@ def _merge(
     tl.store(here + HEAD_DIM + 1, total_weight, mask=rows < GROUP)
     tl.debug_barrier()
     if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == n_shares - 1:
-        shares = tl.arange(0, SPLITS)
-        written = shares < n_shares
-        for first in tl.static_range(0, GROUP, 4):  # what four rows need is asked for at once
-            peaks = ()
-            weights = ()
-            parts = ()
-            for row in tl.static_range(first, min(first + 4, GROUP)):
-                there = partial + (shares * GROUP + row) * WIDTH
-                place = there[:, None] + columns[None, :]
-                peaks = peaks + (tl.load(there + HEAD_DIM, mask=written, other=float("-inf"), cache_modifier=".cg"),)
-                weights = weights + (tl.load(there + HEAD_DIM + 1, mask=written, other=0.0, cache_modifier=".cg"),)
-                parts = parts + (tl.load(place, mask=written[:, None], other=0.0, cache_modifier=".cg"),)
-            for row in tl.static_range(first, min(first + 4, GROUP)):
-                fades = tl.exp(peaks[row - first] - tl.max(peaks[row - first], 0))
-                result = tl.sum(parts[row - first] * fades[:, None], 0) / tl.sum(weights[row - first] * fades, 0)
-                tl.store(out + row * HEAD_DIM + columns, result.to(out.dtype.element_ty))
+        for first in tl.static_range(0, GROUP, 4):
+            _add_shares(partial, out, first, n_shares, GROUP, HEAD_DIM, SPLITS)
         tl.store(counter, 0)
 
 
