@@ -75,6 +75,14 @@ def rounding(product: Tensor, dtype: torch.dtype) -> Tensor:
     return product.abs() * info.eps / 2 + info.smallest_normal * info.eps
 
 
+def half_error(x: Tensor) -> Tensor:
+    """Bound on what is lost of ``x`` [m, in] as float16 times a power of two per row (planar_product_triton.py).
+
+    The largest of a row lies in [2**14, 2**15) then; half a unit of subnormals is 2**-25.
+    """
+    return torch.broadcast_to(x.double().abs().amax(1, keepdim=True) * 2.0**-39, x.shape)
+
+
 def slice_error(x: Tensor, weight: GroupedInt) -> Tensor:
     """Bound on what is lost of ``x`` [m, in] where the planar one-row kernel takes it in 16 bits (gemv_triton.py).
 

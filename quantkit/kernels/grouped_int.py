@@ -31,7 +31,8 @@ from quantkit.errors import RequestError
 from quantkit.formats.grouped_int import GroupedIntSpec, stored_zeros, symmetric_zero
 from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.planar import from_planar
-from quantkit.kernels.planar_matmul import planar_matmul
+from quantkit.kernels.planar_matmul import dequantized_matmul
+from quantkit.kernels.planar_product import MAX_PRODUCT_TOKENS, planar_product
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE_BYTES = 4 << 20  # float32 tile of decoded weights while few rows of x share it: stays in cache
@@ -53,8 +54,8 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
         ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
         device, with float32 products, or on a CPU, for many rows of bfloat16, with the weight rounded to bfloat16.
         Planar tensors on a GPU are multiplied by Triton kernels: for one or two rows of x products with x in 16 bits
-        relative to its largest neighbours (gemv.py), up to 64 rows exact products of half precision activations, and
-        above (or in float32) products with the weight rounded to the dtype of x.
+        relative to its largest neighbours (gemv.py), up to `MAX_PRODUCT_TOKENS` rows exact products of half precision
+        activations (planar_product.py), and above (or in float32) products with the weight rounded to the dtype of x.
 
     Raises:
         RequestError: wrong last dimension or dtype of ``x``.
@@ -287,6 +288,17 @@ def _stored_op(
     return matmul_reference(x, spec, dict(zip(spec.tensor_layout(), tensors, strict=True)), bias)
 
 
+def planar_matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+    """``[m, in]`` to ``[m, out]`` in the dtype of x, on a GPU, from the tensors of `to_planar`."""
+    if len(x) == 0:
+        return x.new_empty(0, spec.out_features)
+    if has_gemv(x, spec):
+        return gemv(x, spec, tensors, bias)
+    if len(x) <= MAX_PRODUCT_TOKENS and x.dtype != torch.float32:
+        return planar_product(x.contiguous(), spec, tensors, bias)
+    return dequantized_matmul(x, spec, tensors, bias)
+
+
 def _planar_op(
     x: Tensor,
     words: Tensor,
@@ -307,7 +319,7 @@ def _planar_op(
     if order is not None:
         tensors["planar_order"] = order
     if x.is_cuda:
-        return gemv(x, spec, tensors, bias) if has_gemv(x, spec) else planar_matmul(x, spec, tensors, bias)
+        return planar_matmul(x, spec, tensors, bias)
     return matmul_reference(x, spec, from_planar(spec, tensors), bias)
 
 

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.kernels.grouped_int_triton import _field
+from quantkit.kernels.grouped_int_triton import half_field
 from quantkit.kernels.kv_rotation_triton import rotate_columns
 
 PAGE = tl.constexpr(128)
@@ -54,7 +54,7 @@ def _unit(bits, field):
 def _plane(words, FIELD: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """float16 operand of one plane: code * 2**(p - 24)."""
     MASK: tl.constexpr = ((1 << BITS) - 1) << _position(BITS, FIELD)
-    return _field(words, _shift(BITS, FIELD), MASK, 0, False, ASM)
+    return half_field(words, _shift(BITS, FIELD), MASK, ASM)
 
 
 @triton.jit

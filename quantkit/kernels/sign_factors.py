@@ -16,17 +16,8 @@ from torch.nn.functional import linear
 from quantkit.formats.sign_factors import NAME, SignFactorsSpec
 from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.latents import latent_product
-from quantkit.kernels.planar import padded_rows, planar_segments
-from quantkit.kernels.planar_matmul import (
-    MAX_FUSED_TOKENS,
-    choose_config,
-    choose_splits,
-    dequantize_rows,
-    fused_launch,
-    fused_matmul,
-    partial_size,
-    triton_kernels,
-)
+from quantkit.kernels.planar_matmul import dequantize_rows
+from quantkit.kernels.planar_product import MAX_PRODUCT_TOKENS, planar_product
 from quantkit.kernels.sign_planar import factor, factor_specs, factors_from_planar, latent_span
 from quantkit.kernels.signs import as_rows, prepare, sign_kernels, sign_matmul
 
@@ -45,7 +36,7 @@ def matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], bias: T
     Returns:
         ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
         device. Planar tensors on a GPU are multiplied by Triton kernels, with ``column_scales * x`` and ``z`` rounded
-        to the dtype of x; for more than 64 rows of x (or in float32) each factor is decoded once and multiplied.
+        to the dtype of x; for many rows of x (or in float32) each factor is decoded once and multiplied.
 
     Raises:
         RequestError: wrong last dimension or dtype of ``x``.
@@ -88,23 +79,11 @@ def planar_matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], 
         z = latent_product(x, v, tensors["v_planar"], tensors["x_scales"], tensors["z_scales"], span)
         return gemv(z, u, factor(tensors, "u_"), bias)
     scaled = prepare(x, None, tensors["x_scales"])
-    if len(x) > MAX_FUSED_TOKENS or x.dtype == torch.float32:
+    if len(x) > MAX_PRODUCT_TOKENS or x.dtype == torch.float32:
         return _decoded_matmul(scaled, spec, tensors, bias)
-    segments = planar_segments(v)
-    config = choose_config(min(len(scaled), MAX_FUSED_TOKENS), segments)
-    per_split = choose_splits(segments, padded_rows(v), config)
-    latents = x.new_empty(len(scaled), v.out_features, dtype=torch.float32)
-    partial = latents.new_empty(partial_size(len(scaled), v, config, per_split))
-    grid, arguments = fused_launch(
-        scaled, v, factor(tensors, "v_"), None, latents, partial, config=config, per_split=per_split
-    )
-    with torch.cuda.device(x.device):
-        triton_kernels().fused_kernel[grid](**arguments, ASM=True)
+    latents = planar_product(scaled, v, factor(tensors, "v_"), None, torch.float32)
     z = select_latents(latents, tensors["z_scales"], len(x), latent_span(spec), x.dtype)
-    segments = planar_segments(u)
-    config = choose_config(len(z), segments)
-    per_split = choose_splits(segments, padded_rows(u), config)
-    return fused_matmul(z, u, factor(tensors, "u_"), bias, config=config, per_split=per_split)
+    return planar_product(z, u, factor(tensors, "u_"), bias)
 
 
 def select_latents(latents: Tensor, scales: Tensor, n_tokens: int, span: int, dtype: torch.dtype) -> Tensor:

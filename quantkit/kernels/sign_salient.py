@@ -20,17 +20,10 @@ from quantkit.formats.packing import unpack_bits
 from quantkit.formats.sign_salient import NAME, SALIENT, SignSalientSpec
 from quantkit.formats.spec import without_prefix
 from quantkit.kernels import grouped_int
-from quantkit.kernels.planar import PlanarSegment, has_zeros, padded_rows, planar_segments
-from quantkit.kernels.planar_matmul import (
-    MAX_FUSED_TOKENS,
-    Config,
-    choose_config,
-    choose_splits,
-    dequantize_rows,
-    dequantized_matmul,
-)
+from quantkit.kernels.planar_matmul import dequantize_rows, dequantized_matmul
+from quantkit.kernels.planar_product import MAX_PRODUCT_TOKENS, planar_product
 from quantkit.kernels.sign_planar import binary_part, binary_spec, row_specs, row_tensors, salient_from_planar
-from quantkit.kernels.signs import as_rows, prepare, sign_kernels, sign_matmul
+from quantkit.kernels.signs import as_rows, prepare, sign_matmul
 from quantkit.kernels.sliced import slice_row, sliced_product
 
 _SLAB_BYTES = 1 << 28  # of decoded weight at a time
@@ -48,7 +41,7 @@ def matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: T
     Returns:
         ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
         device. Planar tensors on a GPU are multiplied by a Triton kernel, with ``column_scales * x_b`` rounded to the
-        dtype of x; for more than 64 rows of x (or in float32) each part is decoded in slabs and multiplied as it is.
+        dtype of x; for many rows of x (or in float32) each part is decoded in slabs and multiplied as it is.
 
     Raises:
         RequestError: wrong last dimension or dtype of ``x``.
@@ -97,26 +90,38 @@ def planar_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], 
         sliced = slice_row(x, parts, tensors["x_places"][None], tensors["x_factors"][None])
         return sliced_product(sliced, parts, row_tensors(spec, tensors), bias, x.dtype)
     prepared = prepare(x, tensors["x_order"], tensors["x_scales"])
-    if len(x) > MAX_FUSED_TOKENS or x.dtype == torch.float32:
+    if len(x) > MAX_PRODUCT_TOKENS or x.dtype == torch.float32:
         return _decoded_matmul(prepared, spec, tensors, bias)
-    out = x.new_empty(len(x), spec.out_features)
-    segments = sign_segments(spec)
-    config = choose_config(len(x), segments)
-    per_split = choose_splits(segments, padded_rows(binary_spec(spec)), config)
-    partial = x.new_empty(partial_size(len(x), spec, config, per_split), dtype=torch.float32)
-    grid, arguments = sign_salient_launch(
-        prepared, spec, tensors, bias, out, partial, config=config, per_split=per_split
-    )
-    with torch.cuda.device(x.device):
-        sign_kernels().sign_salient_kernel[grid](**arguments, ASM=True)
-    return out
+    total, weights = bias, few_rows_parts(spec, tensors)
+    for index, (weight, first, held) in enumerate(weights):
+        dtype = x.dtype if index == len(weights) - 1 else torch.float32
+        total = planar_product(prepared[:, first : first + weight.in_features], weight, held, total, dtype)
+    assert total is not None
+    return total
+
+
+def few_rows_parts(
+    spec: SignSalientSpec, tensors: dict[str, Tensor]
+) -> list[tuple[GroupedIntSpec, int, dict[str, Tensor]]]:
+    """The weights whose products add up: (spec, its first column in prepared x, planar tensors)."""
+    binary, signs = _with_means(spec, tensors)
+    parts = [(binary, 0, signs)]
+    if spec.salient:
+        parts.append((spec.salient, binary.in_features, without_prefix(SALIENT, tensors)))
+    return parts
+
+
+def _with_means(spec: SignSalientSpec, tensors: dict[str, Tensor]) -> tuple[GroupedIntSpec, dict[str, Tensor]]:
+    """The columns with signs; their means, if any, as zeros of a one-bit weight: no pass over the result."""
+    binary, signs = binary_spec(spec), binary_part(tensors)
+    if spec.row_means:
+        return replace(binary, symmetric=False), signs | {"planar_zeros": tensors["sign_zeros"]}
+    return binary, signs
 
 
 def _decoded_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
     """x as `prepare` leaves it; the parts in its dtype, slab by slab, the second added to the first by the product."""
-    binary, signs = binary_spec(spec), binary_part(tensors)
-    if spec.row_means:  # as zeros of the one-bit weight: no pass over the result
-        binary, signs = replace(binary, symmetric=False), signs | {"planar_zeros": tensors["sign_zeros"]}
+    binary, signs = _with_means(spec, tensors)
     out = dequantized_matmul(x[:, : binary.in_features], binary, signs, bias)
     if spec.salient:
         salient, part = x[:, binary.in_features :], without_prefix(SALIENT, tensors)
@@ -126,87 +131,6 @@ def _decoded_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor]
             weight = dequantize_rows(spec.salient, part, first, last, x.dtype)
             out[:, first:last].addmm_(salient, weight.t())
     return out
-
-
-def sign_segments(spec: SignSalientSpec) -> tuple[PlanarSegment, ...]:
-    """The planar segments of both parts, that of the signs first."""
-    salient = planar_segments(spec.salient) if spec.salient else ()
-    return (*planar_segments(binary_spec(spec)), *salient)
-
-
-def _split_counts(spec: SignSalientSpec, per_split: tuple[int, ...]) -> list[int]:
-    return [-(-segment.n_blocks // per) for segment, per in zip(sign_segments(spec), per_split, strict=True)]
-
-
-def partial_size(n_tokens: int, spec: SignSalientSpec, config: Config, per_split: tuple[int, ...]) -> int:
-    """Numbers of the workspace of partial sums; none if one program does a whole row."""
-    splits = sum(_split_counts(spec, per_split))
-    return -(-n_tokens // config.tokens) * config.tokens * splits * spec.out_features if splits > 1 else 0
-
-
-def sign_salient_launch(
-    x: Tensor,
-    spec: SignSalientSpec,
-    tensors: dict[str, Tensor],
-    bias: Tensor | None,
-    out: Tensor,
-    partial: Tensor,
-    *,
-    config: Config,
-    per_split: tuple[int, ...],
-) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Grid and arguments of `sign_salient_kernel`, all but ASM; x as `prepare` leaves it, contiguous."""
-    binary, segments, splits = binary_spec(spec), sign_segments(spec), _split_counts(spec, per_split)
-    signs, salient = segments[0], segments[-1]
-    grid = (padded_rows(binary) // config.rows, sum(splits), -(-len(x) // config.tokens))
-    assert x.is_contiguous()
-    assert tensors["counters"].numel() >= grid[0] * grid[2]
-    parts = [
-        (segment.row_words // 16, segment.n_blocks, per, count, segment.n_planes)
-        for segment, per, count in zip(segments, per_split, splits, strict=True)
-    ]
-    none = tensors["sign_scales"]  # where there is no such tensor
-    scales = tensors.get("salient_planar_scales", none)
-    zero = None if spec.salient is None or has_zeros(spec.salient) else float(2 ** (salient.bits - 1))
-    arguments = {
-        "x": x,
-        "sign_words": tensors["planar"],
-        "sign_scales": tensors["sign_scales"],
-        "sign_zeros": tensors.get("sign_zeros", none),
-        "words": tensors.get("salient_planar", tensors["planar"]),
-        "scales": scales,
-        "zeros": tensors.get("salient_planar_zeros", scales),
-        "bias": out if bias is None else bias,
-        "y": out,
-        "partial": partial,
-        "counters": tensors["counters"],
-        "n_tokens": len(x),
-        "n_rows": spec.out_features,
-        "n_columns": x.shape[1],
-        "first_salient": binary.in_features,
-        "scale_stride": padded_rows(binary),
-        "sign_part": parts[0],
-        "salient_part": parts[-1],
-        "SIGN_WIDTH": signs.plane_width,
-        "SIGN_RAGGED": signs.n_planes % signs.planes_per_block != 0,
-        "SIGN_GROUP": binary.group_size,
-        "SIGN_ZERO": None if spec.row_means else 0.5,
-        "HAS_SALIENT": spec.salient is not None,
-        "BITS": salient.bits,
-        "WIDTH": salient.plane_width,
-        "RAGGED": salient.n_planes % salient.planes_per_block != 0,
-        "GROUP": spec.salient.group_size if spec.salient else binary.group_size,
-        "ZERO": zero,
-        "HAS_BIAS": bias is not None,
-        "SPLITS": sum(splits),
-        "ROWS": config.rows,
-        "TOKENS": config.tokens,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "maxnreg": config.max_registers,
-        "enable_fp_fusion": True,
-    }
-    return grid, arguments
 
 
 def _salient_numbers(spec: SignSalientSpec) -> tuple[int, int, int, bool]:

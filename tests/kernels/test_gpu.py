@@ -7,13 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed_weights import activations, product_and_bound, random_weight, rounding, slice_error
+from packed_weights import activations, half_error, product_and_bound, random_weight, rounding, slice_error
 
 from quantkit.formats.grouped_int import GroupedInt, pack
 from quantkit.kernels.gemv import GemvConfig, choose_gemv, gemv, gemv_launch, has_gemv
 from quantkit.kernels.grouped_int import matmul
-from quantkit.kernels.planar import from_planar, planar_segments, to_planar
-from quantkit.kernels.planar_matmul import MAX_FUSED_TOKENS, Config, choose_config, fused_launch, partial_size
+from quantkit.kernels.planar import from_planar, to_planar
+from quantkit.kernels.planar_product import (
+    MAX_PRODUCT_TOKENS,
+    ProductConfig,
+    choose_product,
+    planar_product,
+    prepare_launch,
+    product_launch,
+    workspace,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -40,15 +48,15 @@ def on_gpu(weight: GroupedInt) -> GroupedInt:
 def check(x, weight, tensors, bias=None):
     """Few tokens: float32 sums of exact products, of x in slices for one or two. More: the weight is rounded first."""
     y = matmul(x, weight.spec(), tensors, bias)
-    base = 0.0 if x.dtype == torch.float16 else 2176.0 if max(weight.bits) > 4 else 128.0
-    product, bound = product_and_bound(x, weight, bias, base=base, unit_roundoff=TENSOR_CORE)
-    if x.shape[0] > MAX_FUSED_TOKENS or x.dtype == torch.float32:
-        dense = weight.dequantize().double()
-        product, bound = product_and_bound(x, weight, bias, unit_roundoff=TENSOR_CORE)
+    dense = weight.dequantize().double()
+    product, bound = product_and_bound(x, weight, bias, unit_roundoff=TENSOR_CORE)
+    if x.shape[0] > MAX_PRODUCT_TOKENS or x.dtype == torch.float32:
         bound = bound + x.double().abs() @ rounding(dense, x.dtype).t()
     elif has_gemv(x, weight.spec()):
         product, bound = product_and_bound(x, weight, bias)
-        bound = 1.001 * bound + slice_error(x, weight) @ weight.dequantize().double().abs().t()
+        bound = 1.001 * bound + slice_error(x, weight) @ dense.abs().t()
+    else:
+        bound = bound + half_error(x) @ dense.abs().t()
     assert y.dtype == x.dtype
     assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, x.dtype)).all()
     return y
@@ -137,20 +145,21 @@ def test_one_row_in_every_shape_of_launch(bits):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_inline_ptx_equals_triton_operations_bit_for_bit(bits):
-    from quantkit.kernels.grouped_int_triton import fused_kernel
+    from quantkit.kernels.planar_product_triton import prepare_kernel, product_kernel
 
     weight = on_gpu(random_weight(bits, 256, 128, (bits,) * 32))
     spec = weight.spec()
     tensors = to_planar(spec, pack(weight))
-    config = choose_config(1, planar_segments(spec))
-    per_split = tuple(segment.n_blocks for segment in planar_segments(spec))
+    config = choose_product(3, spec)
     x = activations(0, 3, 4096, dtype=torch.float16).cuda()
     results = []
     for asm in (True, False):
         out = torch.full((3, 256), float("nan"), device="cuda")
-        partial = torch.empty(partial_size(3, spec, config, per_split), device="cuda")
-        grid, arguments = fused_launch(x, spec, tensors, None, out, partial, config=config, per_split=per_split)
-        fused_kernel[grid](**arguments, ASM=asm)
+        prepared, partial = workspace(3, spec, config, x.device)
+        grid, arguments = prepare_launch(x, spec, tensors, prepared)
+        prepare_kernel[grid](**arguments)
+        grid, arguments = product_launch(spec, tensors, None, out, prepared, partial, config)
+        product_kernel[grid](**arguments, ASM=asm)
         results.append(out)
     assert torch.equal(*results)
 
@@ -200,19 +209,16 @@ def test_torch_compile_keeps_one_graph():
         assert torch.equal(compiled(x), matmul(x * 2, spec, tensors).relu())
 
 
-@pytest.mark.parametrize("rows", [16, 32, 64])
-def test_any_launch_shape(rows):
-    from quantkit.kernels.grouped_int_triton import fused_kernel
-
-    weight = on_gpu(random_weight(1, 200, 64, (4,) * 40))
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("rows", "warps"), [(16, 1), (32, 2), (64, 2), (64, 4)])
+def test_any_launch_shape(rows, warps, bits):
+    weight = on_gpu(random_weight(1, 200, 64, (bits,) * 40))
     spec = weight.spec()
     tensors = to_planar(spec, pack(weight))
-    config = Config(rows=rows, warps=max(1, rows // 16), tokens=16, stages=2)
     x = activations(0, 20, 2560, dtype=torch.float16).cuda()
     product, bound = product_and_bound(x, weight, unit_roundoff=TENSOR_CORE)
-    for per_split in ((1,), (3,), (100,)):
-        out = torch.empty(20, 200, device="cuda")
-        partial = torch.empty(partial_size(20, spec, config, per_split), device="cuda")
-        grid, arguments = fused_launch(x, spec, tensors, None, out, partial, config=config, per_split=per_split)
-        fused_kernel[grid](**arguments, ASM=True)
+    bound = bound + half_error(x) @ weight.dequantize().double().abs().t()
+    for tokens, splits in ((8, 1), (16, 3), (32, 100)):
+        config = ProductConfig(rows=rows, warps=warps, tokens=tokens, stages=2, splits=splits)
+        out = planar_product(x, spec, tensors, None, torch.float32, config)
         assert ((out.double() - product).abs() <= bound + rounding(product, torch.float32)).all()

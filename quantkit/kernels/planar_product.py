@@ -1,0 +1,235 @@
+"""Few rows of x times a planar weight (planar_product_triton.py): which launch shape, workspace, the two launches.
+
+Workspace is allocated per call (inside a captured graph it comes from the graph's pool); the counters belong to the
+weight, start as zeros and are zeros again after every call. Two streams must not run the same weight at the same time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.formats.grouped_int import GroupedIntSpec
+from quantkit.kernels.launch import early_launch
+from quantkit.kernels.planar import PlanarSegment, padded_rows, planar_segments
+from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
+
+MAX_PRODUCT_TOKENS = 256
+_PROGRAMS = 256  # about two for each of 132 multiprocessors
+_MAX_SPLITS = 16
+_LONG_ROW = 8192  # columns from which a program that prepares a row of x has twice the warps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductConfig:
+    """Shape of one launch of `product_kernel`."""
+
+    rows: int  # weight rows per program, at most `planar.ROW_TILE`
+    warps: int
+    tokens: int  # columns of x per program
+    stages: int  # of the load pipeline
+    splits: int = 1  # programs that share a row tile; each takes blocks of one segment
+    zeros_in_loop: bool = False
+    prefetch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """x as `prepare_kernel` leaves it."""
+
+    values: Tensor  # float16 [m, prepared columns]
+    sums: Tensor  # float32 [prepared columns / columns of a chain, m]
+    factors: Tensor  # float32 [m]
+
+
+def planar_product(
+    x: Tensor,
+    spec: GroupedIntSpec,
+    tensors: dict[str, Tensor],
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None = None,
+    config: ProductConfig | None = None,
+) -> Tensor:
+    """``x W^T + bias`` for few rows of x, in two launches, on a GPU.
+
+    Args:
+        x: float16 or bfloat16 ``[m, in]``, neighbours in a row next to each other, m at least 1.
+        spec: a weight with a planar form.
+        tensors: what `planar.to_planar` made of it.
+        bias: ``[out]`` or ``[m, out]`` of any float dtype, or None.
+        out_dtype: that of x if None.
+        config: `choose_product`'s if None.
+
+    Returns:
+        ``[m, out]``. Sums are float32, products are exact but for what of x lies below 2**-28 of its row's largest,
+        which is rounded to 2**-38 of it.
+    """
+    out = torch.empty(len(x), spec.out_features, dtype=out_dtype or x.dtype, device=x.device)
+    config = config or choose_product(len(x), spec)
+    prepared, partial = workspace(len(x), spec, config, x.device)
+    early = early_launch(x.device)
+    kernels = triton_kernels("planar_product_triton")
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        tokens, arguments = prepare_launch(x, spec, tensors, prepared)
+        kernels.prepare_kernel[tokens](**arguments, **early)
+        grid, arguments = product_launch(spec, tensors, bias, out, prepared, partial, config)
+        kernels.product_kernel[grid](**arguments, ASM=True, **early)
+    return out
+
+
+def choose_product(n_tokens: int, spec: GroupedIntSpec) -> ProductConfig:
+    """The launch shape for a weight and a number of tokens, computed."""
+    rows = padded_rows(spec)
+    many_planes = any(segment.planes_per_block == 16 for segment in planar_segments(spec))
+    if n_tokens > 64 and rows % 128 == 0 and not many_planes:
+        return _shared(ProductConfig(rows=128, warps=8, tokens=128, stages=2), rows)
+    if n_tokens > 32:  # the tiles of sixteen planes of 64 tokens do not fit
+        return _shared(
+            ProductConfig(rows=64, warps=4, tokens=32 if many_planes else 64, stages=2 if many_planes else 3), rows
+        )
+    if n_tokens > 16:
+        return _shared(ProductConfig(rows=64, warps=4, tokens=32, stages=2 if many_planes else 3), rows)
+    return _shared(ProductConfig(rows=64, warps=4, tokens=16, stages=4), rows)
+
+
+def _shared(config: ProductConfig, rows: int) -> ProductConfig:
+    """With as many programs to a row tile as fill the device."""
+    return replace(config, splits=min(max(1, round(_PROGRAMS * config.rows / rows)), _MAX_SPLITS))
+
+
+@lru_cache(maxsize=1024)
+def segment_splits(spec: GroupedIntSpec, splits: int) -> tuple[tuple[int, int], ...]:
+    """(blocks per split, splits) of each segment: about ``splits`` in all, by the words of the segments."""
+    segments = planar_segments(spec)
+    total = sum(segment.row_words for segment in segments)
+    result = []
+    for segment in segments:
+        wanted = min(max(1, round(splits * segment.row_words / total)), segment.n_blocks)
+        per_split = -(-segment.n_blocks // wanted)
+        result.append((per_split, -(-segment.n_blocks // per_split)))
+    return tuple(result)
+
+
+def workspace(
+    n_tokens: int, spec: GroupedIntSpec, config: ProductConfig, device: torch.device
+) -> tuple[Prepared, Tensor]:
+    """Uninitialized memory for prepared x, and the partial sums (empty if one program does a whole row)."""
+    n_columns = sum(map(_segment_columns, planar_segments(spec)))
+    splits = sum(count for _, count in segment_splits(spec, config.splits))
+    padded_tokens = -(-n_tokens // config.tokens) * config.tokens
+    partial = padded_tokens * splits * spec.out_features if splits > 1 else 0
+    sizes = (n_tokens * n_columns // 2, partial, n_columns // _chain(spec) * n_tokens, n_tokens)
+    aligned = [-(-size // 4) * 4 for size in sizes]  # what starts at 16 bytes is not compiled for twice
+    parts = torch.split(torch.empty(sum(aligned), dtype=torch.float32, device=device), aligned)
+    values, partial_sums, sums, factors = (part[:size] for part, size in zip(parts, sizes, strict=True))
+    values = values.view(torch.float16).view(n_tokens, n_columns)
+    return Prepared(values, sums.view(-1, n_tokens), factors), partial_sums
+
+
+def prepare_launch(
+    x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], prepared: Prepared
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and arguments of `prepare_kernel`."""
+    assert x.stride(1) == 1
+    numbers, padding, start = [], [], 0
+    for segment in planar_segments(spec):
+        first, n_columns = segment.first_group * spec.group_size, segment.n_groups * spec.group_size
+        padded = _segment_columns(segment) - n_columns
+        numbers.append((segment.first_group, start - first, padded, start + n_columns))
+        padding.append(_power_of_two(padded) if padded else 0)
+        start += n_columns + padded
+    arguments = {
+        "x": x,
+        "order": tensors.get("planar_order", tensors["planar"]),
+        "prepared": prepared.values,
+        "sums": prepared.sums,
+        "factors": prepared.factors,
+        "stride": x.stride(0),
+        "n_prepared": start,
+        "n_tokens": len(x),
+        "segments": tuple(numbers),
+        "N_GROUPS": spec.n_groups,
+        "GROUPS": _power_of_two(spec.n_groups),
+        "GROUP": spec.group_size,
+        "COLUMNS": _power_of_two(spec.group_size),
+        "CHAIN": _chain(spec),
+        "ORDERED": len(spec.segments) > 1,
+        "PADDING": tuple(padding),
+        "num_warps": 8 if spec.in_features <= _LONG_ROW else 16,
+    }
+    return (len(x),), arguments
+
+
+def product_launch(
+    spec: GroupedIntSpec,
+    tensors: dict[str, Tensor],
+    bias: Tensor | None,
+    out: Tensor,
+    prepared: Prepared,
+    partial: Tensor,
+    config: ProductConfig,
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Grid and arguments of `product_kernel`, all but ASM."""
+    segments, splits = planar_segments(spec), segment_splits(spec, config.splits)
+    n_splits = sum(count for _, count in splits)
+    grid = (padded_rows(spec) // config.rows, n_splits, -(-len(out) // config.tokens))
+    assert n_splits == 1 or tensors["counters"].numel() >= grid[0] * grid[2]
+    zeros = tensors.get("planar_zeros")
+    numbers, start = [], 0
+    for segment, (per_split, count) in zip(segments, splits, strict=True):
+        place = (segment.word_offset // 16, segment.row_words // 16, segment.n_blocks)
+        numbers.append((*place, per_split, count, segment.first_group, start // 16))
+        start += _segment_columns(segment)
+    arguments = {
+        "x": prepared.values,
+        "words": tensors["planar"],
+        "scales": tensors["planar_scales"],
+        "zeros": tensors["planar_scales"] if zeros is None else zeros,
+        "sums": prepared.sums,
+        "factors": prepared.factors,
+        "bias": out if bias is None else bias,
+        "y": out,
+        "partial": partial,
+        "counters": tensors["counters"],
+        "n_tokens": len(out),
+        "n_rows": spec.out_features,
+        "n_prepared": start,
+        "scale_stride": padded_rows(spec),
+        "bias_stride": spec.out_features if bias is not None and bias.ndim == 2 else 0,
+        "segments": tuple(numbers),
+        "BITS": tuple(segment.bits for segment in segments),
+        "WIDTHS": tuple(segment.plane_width for segment in segments),
+        "CONSTANT_ZEROS": tuple(constant_zero(spec, segment) for segment in segments),
+        "GROUP": spec.group_size,
+        "CHAIN": _chain(spec),
+        "HAS_BIAS": bias is not None,
+        "SPLITS": n_splits,
+        "ROWS": config.rows,
+        "TOKENS": config.tokens,
+        "IN_LOOP": config.zeros_in_loop,
+        "PREFETCH": config.prefetch,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+    return grid, arguments
+
+
+def _segment_columns(segment: PlanarSegment) -> int:
+    """Of prepared x: whole blocks."""
+    return segment.n_blocks * segment.planes_per_block * segment.plane_width
+
+
+@lru_cache(maxsize=1024)
+def _chain(spec: GroupedIntSpec) -> int:
+    """Columns that every chain of products consists of: one plane, or two where they share a group (`_span`)."""
+    widths = [segment.plane_width for segment in planar_segments(spec)]
+    return min(width * (2 if spec.group_size % (2 * width) == 0 else 1) for width in widths)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
