@@ -32,7 +32,7 @@ from quantkit.formats.grouped_int import GroupedIntSpec, stored_zeros, symmetric
 from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.planar import from_planar
 from quantkit.kernels.planar_matmul import dequantized_matmul
-from quantkit.kernels.planar_product import MAX_PRODUCT_TOKENS, planar_product
+from quantkit.kernels.planar_product import has_planar_product, planar_product
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE_BYTES = 4 << 20  # float32 tile of decoded weights while few rows of x share it: stays in cache
@@ -54,7 +54,7 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
         ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
         device, with float32 products, or on a CPU, for many rows of bfloat16, with the weight rounded to bfloat16.
         Planar tensors on a GPU are multiplied by Triton kernels: for one or two rows of x products with x in 16 bits
-        relative to its largest neighbours (gemv.py), up to `MAX_PRODUCT_TOKENS` rows exact products of half precision
+        relative to its largest neighbours (gemv.py), up to 64 or 128 rows exact products of half precision
         activations (planar_product.py), and above (or in float32) products with the weight rounded to the dtype of x.
 
     Raises:
@@ -294,7 +294,7 @@ def planar_matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], b
         return x.new_empty(0, spec.out_features)
     if has_gemv(x, spec):
         return gemv(x, spec, tensors, bias)
-    if len(x) <= MAX_PRODUCT_TOKENS and x.dtype != torch.float32:
+    if has_planar_product(x, spec):
         return planar_product(x.contiguous(), spec, tensors, bias)
     return dequantized_matmul(x, spec, tensors, bias)
 

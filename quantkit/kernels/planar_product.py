@@ -18,8 +18,6 @@ from quantkit.kernels.launch import early_launch
 from quantkit.kernels.planar import PlanarSegment, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
-MAX_PRODUCT_TOKENS = 256
-_PROGRAMS = 256  # about two for each of 132 multiprocessors
 _MAX_SPLITS = 16
 _LONG_ROW = 8192  # columns from which a program that prepares a row of x has twice the warps
 
@@ -32,9 +30,8 @@ class ProductConfig:
     warps: int
     tokens: int  # columns of x per program
     stages: int  # of the load pipeline
-    splits: int = 1  # programs that share a row tile; each takes blocks of one segment
-    zeros_in_loop: bool = False
-    prefetch: int = 0
+    splits: int = 1  # programs that share a row tile
+    zeros_in_loop: bool = False  # or by a product before the loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,37 +78,47 @@ def planar_product(
     return out
 
 
+def has_planar_product(x: Tensor, spec: GroupedIntSpec) -> bool:
+    """Whether `planar_product` is the choice for ``x`` [m, in], not decoding the weight for the vendor's product."""
+    return len(x) <= (64 if _planes(spec) == 16 else 128) and x.dtype in (torch.float16, torch.bfloat16)
+
+
 def choose_product(n_tokens: int, spec: GroupedIntSpec) -> ProductConfig:
-    """The launch shape for a weight and a number of tokens, computed."""
-    rows = padded_rows(spec)
-    many_planes = any(segment.planes_per_block == 16 for segment in planar_segments(spec))
-    if n_tokens > 64 and rows % 128 == 0 and not many_planes:
-        return _shared(ProductConfig(rows=128, warps=8, tokens=128, stages=2), rows)
-    if n_tokens > 32:  # the tiles of sixteen planes of 64 tokens do not fit
-        return _shared(
-            ProductConfig(rows=64, warps=4, tokens=32 if many_planes else 64, stages=2 if many_planes else 3), rows
-        )
-    if n_tokens > 16:
-        return _shared(ProductConfig(rows=64, warps=4, tokens=32, stages=2 if many_planes else 3), rows)
-    return _shared(ProductConfig(rows=64, warps=4, tokens=16, stages=4), rows)
+    """The launch shape for a weight and a number of tokens, computed; what was measured: docs/results.md."""
+    rows, planes = padded_rows(spec), _planes(spec)
+    small = planes < 8  # little of x meets a word
+    if n_tokens <= 8 or (n_tokens <= 16 and small):
+        tokens = 8 if n_tokens <= 8 else 16
+        return _shared(ProductConfig(rows=64, warps=4, tokens=tokens, stages=3, zeros_in_loop=True), rows, 512)
+    if n_tokens <= 16:
+        stages = 4 if planes == 8 else 3
+        return _shared(ProductConfig(rows=64, warps=4, tokens=16, stages=stages, zeros_in_loop=True), rows, 256)
+    if n_tokens <= 32 or planes == 16:
+        stages = 4 if small else 3 if planes == 8 else 2
+        return _shared(ProductConfig(rows=64, warps=4, tokens=32, stages=stages, zeros_in_loop=not small), rows, 256)
+    if rows % 128 or (small and n_tokens <= 64):
+        return _shared(ProductConfig(rows=64, warps=4, tokens=64, stages=3 if small else 2), rows, 256)
+    if small:
+        return _shared(ProductConfig(rows=128, warps=8, tokens=128, stages=2), rows, 128)
+    return _shared(ProductConfig(rows=128, warps=8, tokens=64, stages=3), rows, 128)
 
 
-def _shared(config: ProductConfig, rows: int) -> ProductConfig:
-    """With as many programs to a row tile as fill the device."""
-    return replace(config, splits=min(max(1, round(_PROGRAMS * config.rows / rows)), _MAX_SPLITS))
+def _planes(spec: GroupedIntSpec) -> int:
+    return max(segment.planes_per_block for segment in planar_segments(spec))
+
+
+def _shared(config: ProductConfig, rows: int, programs: int) -> ProductConfig:
+    """With as many programs to a row tile as make that number in all."""
+    return replace(config, splits=min(max(1, round(programs * config.rows / rows)), _MAX_SPLITS))
 
 
 @lru_cache(maxsize=1024)
-def segment_splits(spec: GroupedIntSpec, splits: int) -> tuple[tuple[int, int], ...]:
-    """(blocks per split, splits) of each segment: about ``splits`` in all, by the words of the segments."""
+def blocks_per_split(spec: GroupedIntSpec, splits: int) -> tuple[tuple[int, ...], int]:
+    """Blocks of each segment that a program takes, and how many programs share a row tile: ``splits`` at most."""
     segments = planar_segments(spec)
-    total = sum(segment.row_words for segment in segments)
-    result = []
-    for segment in segments:
-        wanted = min(max(1, round(splits * segment.row_words / total)), segment.n_blocks)
-        per_split = -(-segment.n_blocks // wanted)
-        result.append((per_split, -(-segment.n_blocks // per_split)))
-    return tuple(result)
+    per_split = tuple(-(-segment.n_blocks // splits) for segment in segments)
+    counts = [-(-segment.n_blocks // per) for segment, per in zip(segments, per_split, strict=True)]
+    return per_split, max(counts)
 
 
 def workspace(
@@ -119,7 +126,7 @@ def workspace(
 ) -> tuple[Prepared, Tensor]:
     """Uninitialized memory for prepared x, and the partial sums (empty if one program does a whole row)."""
     n_columns = sum(map(_segment_columns, planar_segments(spec)))
-    splits = sum(count for _, count in segment_splits(spec, config.splits))
+    _, splits = blocks_per_split(spec, config.splits)
     padded_tokens = -(-n_tokens // config.tokens) * config.tokens
     partial = padded_tokens * splits * spec.out_features if splits > 1 else 0
     sizes = (n_tokens * n_columns // 2, partial, n_columns // _chain(spec) * n_tokens, n_tokens)
@@ -174,15 +181,15 @@ def product_launch(
     config: ProductConfig,
 ) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Grid and arguments of `product_kernel`, all but ASM."""
-    segments, splits = planar_segments(spec), segment_splits(spec, config.splits)
-    n_splits = sum(count for _, count in splits)
+    segments = planar_segments(spec)
+    per_split, n_splits = blocks_per_split(spec, config.splits)
     grid = (padded_rows(spec) // config.rows, n_splits, -(-len(out) // config.tokens))
     assert n_splits == 1 or tensors["counters"].numel() >= grid[0] * grid[2]
     zeros = tensors.get("planar_zeros")
     numbers, start = [], 0
-    for segment, (per_split, count) in zip(segments, splits, strict=True):
+    for segment, per in zip(segments, per_split, strict=True):
         place = (segment.word_offset // 16, segment.row_words // 16, segment.n_blocks)
-        numbers.append((*place, per_split, count, segment.first_group, start // 16))
+        numbers.append((*place, per, segment.first_group, start // 16))
         start += _segment_columns(segment)
     arguments = {
         "x": prepared.values,
@@ -211,7 +218,6 @@ def product_launch(
         "ROWS": config.rows,
         "TOKENS": config.tokens,
         "IN_LOOP": config.zeros_in_loop,
-        "PREFETCH": config.prefetch,
         "num_warps": config.warps,
         "num_stages": config.stages,
         "enable_fp_fusion": True,

@@ -12,7 +12,7 @@ planar columns, with zeros where blocks are padded; and its sums over groups or 
 
 bfloat16 has fewer bits of mantissa, so what is within 2**-28 of the token's largest stays exact. Scales, zeros and sums
 are loaded one block ahead of the words that they belong to. Several programs may share a row tile, each with a range of
-blocks of one segment; the last to arrive adds the partial sums in a fixed order, so the result does not depend on
+the blocks of every segment; the last to arrive adds the partial sums in a fixed order, so the result does not depend on
 scheduling, and resets its counter.
 
 `ASM=False` replaces the inline PTX by Triton operations with the same result, for the interpreter.
@@ -190,8 +190,12 @@ def _segment_sum(
     return acc
 
 
+PREFETCHED = tl.constexpr(2)  # blocks of words that are asked for before x is waited for
+
+
 @triton.jit
 def _prefetch(pointers):
+    """Ask for what lies there to be brought into the L2 cache."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0,0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -202,17 +206,18 @@ def product_kernel(
     x, words, scales, zeros, sums, factors, bias, y, partial, counters, n_tokens, n_rows, n_prepared, scale_stride,
     bias_stride, segments, BITS: tl.constexpr, WIDTHS: tl.constexpr, CONSTANT_ZEROS: tl.constexpr, GROUP: tl.constexpr,
     CHAIN: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    IN_LOOP: tl.constexpr, PREFETCH: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr = False,
+    IN_LOOP: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y [n_tokens, n_rows] of what `prepare_kernel` made of x. Grid (row tiles, SPLITS, token tiles).
 
     Args:
-        segments: per segment (word offset / 16, words per row / 16, blocks, blocks per split, splits, first group,
-            first prepared column / 16). The division shows the compiler that loads are aligned, without one compilation
-            per value.
+        segments: per segment (word offset / 16, words per row / 16, blocks, blocks per split, first group, first
+            prepared column / 16). The division shows the compiler that loads are aligned, without one compilation per
+            value.
         bias_stride: 0, or n_rows where each token has its own.
         partial: float32 [token tiles, SPLITS, TOKENS, n_rows], any content; counters: zeros before and after.
         BITS, WIDTHS, CONSTANT_ZEROS: one entry per segment.
+        IN_LOOP: whether zeros are subtracted chain by chain (few tokens) or by a product before (many).
     """
     if PDL:
         gdc_launch_dependents()
@@ -220,40 +225,31 @@ def product_kernel(
     split = tl.program_id(1)
     token_tile = tl.program_id(2)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
-    if PREFETCH > 0 and ASM:
-        ahead = 0
+    if ASM:
         for index in tl.static_range(len(BITS)):
-            offset16, stride16, n_blocks, per_split, n_splits, first_group, column16 = segments[index]
-            here = split - ahead
-            if (here >= 0) & (here < n_splits):
-                step = WIDTHS[index] * (3 if BITS[index] == 3 else 1)
-                starts = words + offset16.to(tl.int64) * 16 + rows.to(tl.int64) * (stride16 * 16)
-                for line in tl.static_range(PREFETCH):
-                    _prefetch(starts + tl.minimum(here * per_split + line, n_blocks - 1) * step)
-                columns = WIDTHS[index] * (16 if BITS[index] == 3 else 16 // BITS[index])
-                group = (here * per_split * columns) // GROUP + tl.arange(0, 64)
-                last = tl.minimum((here + 1) * per_split, n_blocks) * columns - 1
-                _prefetch(scales + (first_group + tl.minimum(group, last // GROUP)) * scale_stride + row_tile * ROWS)
-            ahead += n_splits
+            offset16, stride16, n_blocks, per_split, first_group, column16 = segments[index]
+            columns = WIDTHS[index] * (16 if BITS[index] == 3 else 16 // BITS[index])
+            step = WIDTHS[index] * (3 if BITS[index] == 3 else 1)
+            starts = words + offset16.to(tl.int64) * 16 + rows.to(tl.int64) * (stride16 * 16)
+            for line in tl.static_range(PREFETCHED):
+                _prefetch(starts + tl.minimum(split * per_split + line, n_blocks - 1) * step)
+            group = (split * per_split * columns) // GROUP + tl.arange(0, 64)
+            last = tl.minimum((split + 1) * per_split, n_blocks) * columns - 1
+            _prefetch(scales + (first_group + tl.minimum(group, last // GROUP)) * scale_stride + row_tile * ROWS)
     if PDL:
         gdc_wait()
     tokens = token_tile * TOKENS + tl.arange(0, TOKENS)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    first_split = 0
     for index in tl.static_range(len(BITS)):
-        offset16, stride16, n_blocks, per_split, n_splits, first_group, column16 = segments[index]
-        local = split - first_split  # below 0 or from n_splits on: another segment's split, no block is visited
-        here = tl.minimum(tl.maximum(local, 0), n_splits)
-        after = tl.minimum(tl.maximum(local + 1, 0), n_splits)
+        offset16, stride16, n_blocks, per_split, first_group, column16 = segments[index]
         inner = tl.arange(0, WIDTHS[index])
         acc = _segment_sum(
             acc, x + tokens.to(tl.int64)[None, :] * n_prepared + column16 * 16 + inner[:, None], tokens, n_tokens,
             words + offset16.to(tl.int64) * 16 + rows.to(tl.int64)[:, None] * (stride16 * 16) + inner[None, :],
-            scales + rows, zeros + rows, sums + (column16 * 16 // CHAIN) * n_tokens, here * per_split,
-            tl.minimum(after * per_split, n_blocks), first_group, scale_stride, BITS[index], WIDTHS[index], GROUP,
-            CONSTANT_ZEROS[index], CHAIN, IN_LOOP, ASM,
+            scales + rows, zeros + rows, sums + (column16 * 16 // CHAIN) * n_tokens,
+            tl.minimum(split * per_split, n_blocks), tl.minimum((split + 1) * per_split, n_blocks), first_group,
+            scale_stride, BITS[index], WIDTHS[index], GROUP, CONSTANT_ZEROS[index], CHAIN, IN_LOOP, ASM,
         )  # fmt: skip
-        first_split += n_splits
     inside = (rows < n_rows)[:, None] & (tokens < n_tokens)[None, :]
     last = True
     if SPLITS > 1:

@@ -17,7 +17,7 @@ from quantkit.formats.sign_factors import NAME, SignFactorsSpec
 from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.latents import latent_product
 from quantkit.kernels.planar_matmul import dequantize_rows
-from quantkit.kernels.planar_product import MAX_PRODUCT_TOKENS, planar_product
+from quantkit.kernels.planar_product import has_planar_product, planar_product
 from quantkit.kernels.sign_planar import factor, factor_specs, factors_from_planar, latent_span
 from quantkit.kernels.signs import as_rows, prepare, sign_kernels, sign_matmul
 
@@ -79,7 +79,7 @@ def planar_matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], 
         z = latent_product(x, v, tensors["v_planar"], tensors["x_scales"], tensors["z_scales"], span)
         return gemv(z, u, factor(tensors, "u_"), bias)
     scaled = prepare(x, None, tensors["x_scales"])
-    if len(x) > MAX_PRODUCT_TOKENS or x.dtype == torch.float32:
+    if not has_planar_product(x, v):
         return _decoded_matmul(scaled, spec, tensors, bias)
     latents = planar_product(scaled, v, factor(tensors, "v_"), None, torch.float32)
     z = select_latents(latents, tensors["z_scales"], len(x), latent_span(spec), x.dtype)

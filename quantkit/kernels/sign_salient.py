@@ -21,7 +21,7 @@ from quantkit.formats.sign_salient import NAME, SALIENT, SignSalientSpec
 from quantkit.formats.spec import without_prefix
 from quantkit.kernels import grouped_int
 from quantkit.kernels.planar_matmul import dequantize_rows, dequantized_matmul
-from quantkit.kernels.planar_product import MAX_PRODUCT_TOKENS, planar_product
+from quantkit.kernels.planar_product import has_planar_product, planar_product
 from quantkit.kernels.sign_planar import binary_part, binary_spec, row_specs, row_tensors, salient_from_planar
 from quantkit.kernels.signs import as_rows, prepare, sign_matmul
 from quantkit.kernels.sliced import slice_row, sliced_product
@@ -90,7 +90,7 @@ def planar_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], 
         sliced = slice_row(x, parts, tensors["x_places"][None], tensors["x_factors"][None])
         return sliced_product(sliced, parts, row_tensors(spec, tensors), bias, x.dtype)
     prepared = prepare(x, tensors["x_order"], tensors["x_scales"])
-    if len(x) > MAX_PRODUCT_TOKENS or x.dtype == torch.float32:
+    if not has_planar_product(x, binary_spec(spec)):
         return _decoded_matmul(prepared, spec, tensors, bias)
     total, weights = bias, few_rows_parts(spec, tensors)
     for index, (weight, first, held) in enumerate(weights):

@@ -38,7 +38,9 @@ def edges_untouched(whole: torch.Tensor, reference: torch.Tensor) -> bool:
 
 def run_product(weight, x, *, tokens=8, splits=1, rows=64, bias=None, out_dtype=torch.float32):
     """The product with a weight, and the number of programs that shared a row tile."""
-    config = ProductConfig(rows=rows, warps=rows // 16, tokens=tokens, stages=2, splits=splits)
+    config = ProductConfig(
+        rows=rows, warps=rows // 16, tokens=tokens, stages=2, splits=splits, zeros_in_loop=splits > 1
+    )
     return guarded_product(x, weight.spec(), to_planar(weight.spec(), pack(weight)), config, bias, out_dtype)
 
 
@@ -113,11 +115,12 @@ def test_ragged_rows(out_features):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [(2, 1, 3, 1, 2), (8, 4, 2, 4), (6, 3, 5, 8, 7, 1, 2, 4)])
-def test_mixed_widths(bits, symmetric, dtype):
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("bits", [(2, 1, 3, 1, 2), (8, 4, 2, 4), (6, 3, 5, 8, 7, 1, 2, 4) * 4])
+def test_mixed_widths(bits, splits, symmetric, dtype):
     weight = random_weight(5, 33, 32, bits, symmetric)
     x = activations(5, 2, 32 * len(bits), dtype=dtype)
-    y, _ = run_product(weight, x, splits=2)
+    y, _ = run_product(weight, x, splits=splits)
     check(y, x, weight)
 
 

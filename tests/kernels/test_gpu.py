@@ -14,9 +14,9 @@ from quantkit.kernels.gemv import GemvConfig, choose_gemv, gemv, gemv_launch, ha
 from quantkit.kernels.grouped_int import matmul
 from quantkit.kernels.planar import from_planar, to_planar
 from quantkit.kernels.planar_product import (
-    MAX_PRODUCT_TOKENS,
     ProductConfig,
     choose_product,
+    has_planar_product,
     planar_product,
     prepare_launch,
     product_launch,
@@ -50,13 +50,13 @@ def check(x, weight, tensors, bias=None):
     y = matmul(x, weight.spec(), tensors, bias)
     dense = weight.dequantize().double()
     product, bound = product_and_bound(x, weight, bias, unit_roundoff=TENSOR_CORE)
-    if x.shape[0] > MAX_PRODUCT_TOKENS or x.dtype == torch.float32:
-        bound = bound + x.double().abs() @ rounding(dense, x.dtype).t()
-    elif has_gemv(x, weight.spec()):
+    if has_gemv(x, weight.spec()):
         product, bound = product_and_bound(x, weight, bias)
         bound = 1.001 * bound + slice_error(x, weight) @ dense.abs().t()
-    else:
+    elif has_planar_product(x, weight.spec()):
         bound = bound + half_error(x) @ dense.abs().t()
+    else:
+        bound = bound + x.double().abs() @ rounding(dense, x.dtype).t()
     assert y.dtype == x.dtype
     assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, x.dtype)).all()
     return y
@@ -219,6 +219,7 @@ def test_any_launch_shape(rows, warps, bits):
     product, bound = product_and_bound(x, weight, unit_roundoff=TENSOR_CORE)
     bound = bound + half_error(x) @ weight.dequantize().double().abs().t()
     for tokens, splits in ((8, 1), (16, 3), (32, 100)):
-        config = ProductConfig(rows=rows, warps=warps, tokens=tokens, stages=2, splits=splits)
+        in_loop = tokens == 16
+        config = ProductConfig(rows=rows, warps=warps, tokens=tokens, stages=2, splits=splits, zeros_in_loop=in_loop)
         out = planar_product(x, spec, tensors, None, torch.float32, config)
         assert ((out.double() - product).abs() <= bound + rounding(product, torch.float32)).all()
