@@ -95,7 +95,7 @@ def choose_product(n_tokens: int, spec: GroupedIntSpec) -> ProductConfig:
         return _shared(ProductConfig(rows=64, warps=4, tokens=16, stages=stages, zeros_in_loop=True), rows, 256)
     if n_tokens <= 32 or planes == 16:
         stages = 4 if small else 3 if planes == 8 else 2
-        return _shared(ProductConfig(rows=64, warps=4, tokens=32, stages=stages, zeros_in_loop=not small), rows, 256)
+        return _shared(ProductConfig(rows=64, warps=4, tokens=32, stages=stages, zeros_in_loop=planes == 8), rows, 256)
     if rows % 128 or (small and n_tokens <= 64):
         return _shared(ProductConfig(rows=64, warps=4, tokens=64, stages=3 if small else 2), rows, 256)
     if small:
