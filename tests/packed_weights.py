@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quantkit.formats.grouped_int import GroupedInt, pack, symmetric_zero
+from quantkit.kernels.bit_gemv import has_one_scale
 from quantkit.kernels.planar import planar_segments
 
 
@@ -102,3 +103,15 @@ def slice_error(x: Tensor, weight: GroupedInt) -> Tensor:
         parts.append(unit.flatten(1)[:, : mine.shape[1]])
     units = torch.cat(parts, 1).unflatten(1, (spec.n_groups, spec.group_size))
     return 0.501 * units[:, order.argsort()].flatten(1)
+
+
+def integer_error(x: Tensor, weight: GroupedInt) -> Tensor:
+    """Bound on what is lost of ``x`` [m, in] where bit products take it in 16 bits (bit_gemv_triton.py).
+
+    The unit is the largest magnitude of the columns whose bits a lane has, or, with one scale for all columns of a
+    block, of the block, over 32512. Half a unit is lost in rounding (a little more: the quotient is rounded too).
+    """
+    neighbours = 1024 if has_one_scale(weight.spec()) else 128
+    padded = pad(x.double().abs(), (0, -x.shape[1] % neighbours)).unflatten(1, (-1, neighbours))
+    unit = padded.amax(2, keepdim=True).clamp(min=2.0**-100).expand_as(padded) / 32512
+    return 0.501 * unit.flatten(1)[:, : x.shape[1]]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
+from quantkit.kernels.bit_gemv import bit_gemv, has_bit_products, is_bit_weight
 from quantkit.kernels.launch import early_launch
 from quantkit.kernels.launch_shapes import Subject, device_name, measured_config
 from quantkit.kernels.planar import ROW_TILE, PlanarSegment, is_paired, padded_rows, planar_segments
@@ -157,16 +158,20 @@ def gemv(
         tensors: what `planar.to_planar` made of it.
         bias: ``[out]`` of any float dtype, or None.
         out_dtype: that of x if None.
-        config: if None, the one that was measured for such a weight, or computed; with copies, one program per tile.
+        config: of `gemv_triton`'s kernels. If None, bit products where weight and device are fit for them (`bit_gemv`),
+            else the shape that was measured for such a weight, or computed; with copies, one program per tile.
         copies: int32 ``[out / COPY_ROWS]``: the row of x that each `COPY_ROWS` rows of the weight take, instead of all
             rows of x one after the other. The result is then ``[1, out]``.
 
     Returns:
-        ``[m, out]``. Sums are float32; x is taken in 16 bits relative to the largest of some 64 neighbouring values, so
-        the relative error of a float32 result is of the order of 2**-16.
+        ``[m, out]``. Sums are float32; x is taken in 16 bits relative to the largest of some 64 neighbours (bit
+        products: 128, or 1024): the relative error of a float32 result is of the order of 2**-16.
     """
     n_rows = len(x) if copies is None else 1
     out = torch.empty(n_rows, spec.out_features, dtype=out_dtype or x.dtype, device=x.device)
+    if config is None and is_bit_weight(spec) and has_bit_products(x.device):
+        bit_gemv(x, spec, tensors, bias, out, copies, COPY_ROWS)
+        return out
     config = config or launch_config(spec, device_name(x.device))
     if copies is not None:
         config = replace(config, programs=None, rows=8)

@@ -6,8 +6,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreter_cases import edges_untouched, guarded
+from packed_weights import activations, integer_error, product_and_bound, random_weight, rounding
 
+from quantkit.formats.grouped_int import pack
+from quantkit.kernels import bit_gemv_triton
+from quantkit.kernels.bit_gemv import BitGemvConfig, bit_gemv_launch, is_bit_weight
 from quantkit.kernels.bit_products_triton import count_common, integer_bytes, plane_bits, transposed_bits
+from quantkit.kernels.planar import to_planar
 
 THREADS = 64
 
@@ -109,3 +115,86 @@ def test_a_bit_of_each_byte_comes_to_the_lane_s_position():
     for thread in range(THREADS):
         expected[thread, :, lane[thread]] = before[thread, :, (lane[thread] + step) % 8]
     assert torch.equal(bits_of(target).view(THREADS, 4, 8), expected)
+
+
+def run(weight, x, *, bias=None, out_dtype=torch.float32, rows=16, programs=None, ahead=1, copies=None):
+    """The kernel between guard bands, the result filled with NaN before."""
+    spec = weight.spec()
+    assert is_bit_weight(spec)
+    config = BitGemvConfig(rows=rows, programs=programs, ahead=ahead)
+    tensors = to_planar(spec, pack(weight))
+    n_rows = len(x) if copies is None else 1
+    out = torch.full((n_rows, spec.out_features), float("nan"), dtype=out_dtype)
+    held = {name: guarded(tensor) for name, tensor in {"x": x, "out": out, **tensors}.items()}
+    before = {name: whole.clone() for name, (_, whole) in held.items()}
+    inner = {name: tensor for name, (tensor, _) in held.items()}
+    grid, arguments = bit_gemv_launch(inner["x"], spec, inner, bias, inner["out"], config, copies, rows)
+    bit_gemv_triton.bit_gemv_kernel[grid](**arguments, ASM=False)
+    assert all(edges_untouched(whole, before[name]) for name, (_, whole) in held.items())
+    assert all(torch.equal(inner[name], tensors[name]) for name in tensors)
+    return inner["out"].clone()
+
+
+def check(y, x, weight, bias=None):
+    """x within its integers, everything else within the bound of float32 sums."""
+    lost = integer_error(x, weight)
+    product, bound = product_and_bound(x, weight, bias)
+    bound = bound + lost @ weight.dequantize().double().abs().t() + 2.0**-20 * bound
+    assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, y.dtype)).all()
+
+
+@pytest.mark.parametrize(("dtype", "symmetric"), [(torch.float16, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize(("group_size", "n_groups"), [(128, 15), (256, 7), (896, 2), (1024, 3), (1920, 1)])
+def test_groups_of_every_size(group_size, n_groups, symmetric, dtype):
+    """Also rows that end within a block, or before the last warp's block."""
+    weight = random_weight(n_groups, 13, group_size, (1,) * n_groups, symmetric)
+    x = activations(n_groups, 1, group_size * n_groups, dtype=dtype)
+    check(run(weight, x), x, weight)
+
+
+@pytest.mark.parametrize(("group_size", "n_groups"), [(128, 8), (1024, 1)])
+@pytest.mark.parametrize(("rows", "programs", "ahead"), [(16, 1, 1), (16, 2, 2), (32, None, 1)])
+def test_tiles_of_rows_that_programs_share(rows, programs, ahead, group_size, n_groups):
+    weight = random_weight(3, 35 if group_size > 128 else 20, group_size, (1,) * n_groups)
+    x = activations(3, 1, 1024, dtype=torch.bfloat16)
+    bias = torch.linspace(-1, 1, weight.codes.shape[0])
+    check(run(weight, x, bias=bias, rows=rows, programs=programs, ahead=ahead), x, weight, bias)
+
+
+def test_every_part_of_the_rows_takes_a_copy_of_its_own():
+    weight = random_weight(3, 48, 1024, (1,))
+    x, bias = activations(3, 3, 1024, dtype=torch.float16), torch.linspace(-1, 1, 48)
+    y = run(weight, x, bias=bias, copies=torch.tensor([2, 0, 1], dtype=torch.int32))
+    every = run(weight, x, bias=bias)
+    assert torch.equal(y[0], torch.cat([every[2, :16], every[0, 16:32], every[1, 32:]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bias_and_output_dtype(dtype):
+    weight = random_weight(6, 4, 1024, (1,))
+    x, bias = activations(6, 2, 1024, dtype=torch.float16), torch.linspace(-1, 1, 4).to(torch.bfloat16)
+    y = run(weight, x, bias=bias, out_dtype=dtype)
+    lost = integer_error(x, weight) @ weight.dequantize().double().abs().t()
+    product, bound = product_and_bound(x, weight, bias)
+    bound = bound + lost
+    truncation = 2 if dtype == torch.bfloat16 else 1  # the interpreter truncates to bfloat16 instead of rounding
+    assert ((y.double() - product).abs() <= bound + truncation * rounding(product.abs() + bound, dtype)).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, for what is not finite
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [128, 1024])
+def test_extreme_values_of_x(group_size, dtype):
+    """Zeros give exactly the bias; what is not finite is not finite in the result."""
+    weight = random_weight(7, 3, group_size, (1,) * (1024 // group_size), False)
+    bias = torch.linspace(-1, 1, 3)
+    zeros = torch.zeros(1, 1024, dtype=dtype)
+    assert torch.equal(run(weight, zeros, bias=bias)[0], bias)
+    smallest = torch.full((1, 1024), torch.finfo(dtype).smallest_normal, dtype=dtype)
+    check(run(weight, smallest), smallest, weight)
+    largest = torch.full((1, 1024), torch.finfo(torch.float16).max, dtype=torch.float32).to(dtype)
+    check(run(weight, largest), largest, weight)
+    for value in (float("nan"), float("inf")):
+        broken = zeros.clone()
+        broken[0, 300] = value
+        assert not run(weight, broken).isfinite().any()

@@ -15,6 +15,7 @@ import torch
 
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.sign_salient import SignSalientSpec
+from quantkit.kernels.bit_gemv import BitGemvConfig, bit_gemv_launch
 from quantkit.kernels.gemv import choose_gemv, gemv_launch
 from quantkit.kernels.planar import to_planar
 from quantkit.kernels.planar_matmul import dequantize_launches
@@ -122,6 +123,27 @@ def test_one_row_of_signs_with_copies(compile_for_sm90, symmetric):
     _, sass, resources = compile_for_sm90(getattr(gemv_triton, name), grid, arguments, **options)
     assert resources["STACK"] <= SPILL_LIMIT[1]
     assert "IDP.4A" in sass
+
+
+@pytest.mark.parametrize(("group_size", "programs"), [(128, None), (128, 132), (4096, None), (4096, 264)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bit_products(compile_for_sm90, symmetric, group_size, programs):
+    """Words as they were loaded, sixteen bytes at a time and before x is waited for; subnormal counts are kept."""
+    from quantkit.kernels.bit_gemv_triton import bit_gemv_kernel
+
+    spec, tensors = layer({1: 4096 // group_size}, symmetric, group_size)
+    x, out = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(1, 192, dtype=torch.bfloat16)
+    config = BitGemvConfig(rows=16 if programs else 32, programs=programs)
+    grid, arguments = bit_gemv_launch(x, spec, tensors, None, out, config)
+    early = {"PDL": True, "launch_pdl": True}
+    _, sass, resources = compile_for_sm90(bit_gemv_kernel, grid, arguments, ASM=True, **early)
+    assert resources["STACK"] <= SPILL_LIMIT[1]
+    products = 4 * config.rows // 8 * (8 if group_size == 128 else 1)  # as few as there can be
+    assert sass.count("BMMA.168256.AND.POPC") == products
+    assert "FFMA.FTZ" not in sass
+    assert len(re.findall(r"LDG\.E\.EF\.128", sass)) == config.rows // 4 * (1 if programs is None else 2)
+    assert not re.search(r"LDG\.E\.EF(\.64|\.U?8|\.U?16)? ", sass)
+    assert sass.index("LDG.E.EF.128") < sass.index("ACQBULK")
 
 
 @pytest.mark.parametrize("m", [16, 32, 64])

@@ -7,9 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed_weights import activations, half_error, product_and_bound, random_weight, rounding, slice_error
+from packed_weights import (
+    activations,
+    half_error,
+    integer_error,
+    product_and_bound,
+    random_weight,
+    rounding,
+    slice_error,
+)
 
 from quantkit.formats.grouped_int import GroupedInt, pack
+from quantkit.kernels.bit_gemv import BitGemvConfig, bit_gemv, bit_gemv_launch, is_bit_weight
 from quantkit.kernels.gemv import GemvConfig, choose_gemv, gemv, gemv_launch, has_gemv
 from quantkit.kernels.grouped_int import matmul
 from quantkit.kernels.planar import from_planar, to_planar
@@ -52,7 +61,8 @@ def check(x, weight, tensors, bias=None):
     product, bound = product_and_bound(x, weight, bias, unit_roundoff=TENSOR_CORE)
     if has_gemv(x, weight.spec()):
         product, bound = product_and_bound(x, weight, bias)
-        bound = 1.001 * bound + slice_error(x, weight) @ dense.abs().t()
+        lost = integer_error(x, weight) if is_bit_weight(weight.spec()) else slice_error(x, weight)
+        bound = 1.001 * bound + lost @ dense.abs().t()
     elif has_planar_product(x, weight.spec()):
         bound = bound + half_error(x) @ dense.abs().t()
     else:
@@ -223,3 +233,38 @@ def test_any_launch_shape(rows, warps, bits):
         config = ProductConfig(rows=rows, warps=warps, tokens=tokens, stages=2, splits=splits, zeros_in_loop=in_loop)
         out = planar_product(x, spec, tensors, None, torch.float32, config)
         assert ((out.double() - product).abs() <= bound + rounding(product, torch.float32)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("group_size", "n_groups"), [(128, 32), (128, 63), (896, 2), (1024, 3), (14336, 1)])
+def test_bit_products(group_size, n_groups, symmetric, dtype):
+    weight = on_gpu(random_weight(n_groups, 1000, group_size, (1,) * n_groups, symmetric))
+    spec = weight.spec()
+    tensors, bias = to_planar(spec, pack(weight)), torch.linspace(-1, 1, 1000, device="cuda")
+    for m in (1, 2):
+        x = activations(m, m, spec.in_features, dtype=dtype).cuda()
+        product, bound = product_and_bound(x, weight, bias)
+        bound = 1.001 * bound + integer_error(x, weight) @ weight.dequantize().double().abs().t()
+        for out_dtype in (dtype, torch.float32):
+            y = torch.full((m, 1000), float("nan"), dtype=out_dtype, device="cuda")
+            bit_gemv(x, spec, tensors, bias, y)
+            assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, out_dtype)).all()
+
+
+@pytest.mark.parametrize("group_size", [128, 4096])
+@pytest.mark.parametrize(("rows", "programs", "ahead"), [(16, None, 1), (64, None, 1), (16, 7, 2), (32, 3, 1)])
+def test_bit_products_inline_ptx_equals_triton_operations_bit_for_bit(rows, programs, ahead, group_size):
+    from quantkit.kernels.bit_gemv_triton import bit_gemv_kernel
+
+    weight = on_gpu(random_weight(1, 200, group_size, (1,) * (4096 // group_size)))
+    spec = weight.spec()
+    tensors, config = to_planar(spec, pack(weight)), BitGemvConfig(rows=rows, programs=programs, ahead=ahead)
+    x = activations(0, 1, 4096, dtype=torch.bfloat16).cuda()
+    results = []
+    for asm in (True, False):
+        out = torch.full((1, 200), float("nan"), device="cuda")
+        grid, arguments = bit_gemv_launch(x, spec, tensors, None, out, config)
+        bit_gemv_kernel[grid](**arguments, ASM=asm)
+        results.append(out)
+    assert torch.equal(*results)
