@@ -5,7 +5,7 @@ the rotary tables and the cached tokens are written between steps, which no earl
 """
 
 # ruff: noqa: RUF005 - tuples are built by addition: Triton does not unpack
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return, assignment"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return, assignment, misc"
 
 from __future__ import annotations
 

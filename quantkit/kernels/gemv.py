@@ -36,10 +36,7 @@ class GemvConfig:
 
 
 def has_gemv(x: Tensor, spec: GroupedIntSpec) -> bool:
-    """Whether the kernels are the choice for ``x`` [m, in] and the weight.
-
-    They take several widths too, but each leaves the threads of the others idle (docs/results.md).
-    """
+    """Whether the kernels are there for ``x`` [m, in] and the weight; several widths are left to the tensor core."""
     few = len(x) <= MAX_GEMV_TOKENS and x.dtype in HALF_TYPES
     return few and is_paired(spec) and len(planar_segments(spec)) == 1
 
@@ -51,7 +48,7 @@ def row_threads(segment: PlanarSegment) -> int:
 
 def launch_config(spec: GroupedIntSpec, device: str) -> GemvConfig:
     """The launch shape measured for the weight's class on a device of that name, else `choose_gemv`'s."""
-    measured = measured_config(GemvConfig, subject(spec), device) if len(spec.segments) == 1 else None
+    measured = measured_config(GemvConfig, subject(spec), device)
     return measured if measured is not None and is_possible(measured, spec) else choose_gemv(spec)
 
 
@@ -63,11 +60,11 @@ def subject(spec: GroupedIntSpec) -> Subject:
 
 def is_possible(config: GemvConfig, spec: GroupedIntSpec) -> bool:
     """Whether the kernels can run in this shape."""
-    segments = planar_segments(spec)
+    (segment,) = planar_segments(spec)
     powers = all(number & (number - 1) == 0 for number in (config.rows, config.warps))
     if not powers or not 4 <= config.rows <= ROW_TILE:
         return False
-    return config.programs is None or (len(segments) == 1 and chunks(segments[0], config.warps) <= _MAX_CHUNKS)
+    return config.programs is None or chunks(segment, config.warps) <= _MAX_CHUNKS
 
 
 def gemv_candidates(spec: GroupedIntSpec, multiprocessors: int) -> list[GemvConfig]:
@@ -127,16 +124,15 @@ def choose_gemv(spec: GroupedIntSpec, multiprocessors: int = 132) -> GemvConfig:
     In the second case a launch leaves room for the next one, which begins early (launch.py). Always a multiple of the
     multiprocessors (132: of an H100 or H200).
     """
-    segments = planar_segments(spec)
-    warps = spanning_warps(max(map(row_threads, segments)))
+    (segment,) = planar_segments(spec)
+    warps = spanning_warps(row_threads(segment))
     if warps == 2 * _KEPT_WARPS:
         warps = _KEPT_WARPS
-    if len(segments) > 1 or warps > _KEPT_WARPS:
-        # the code of several widths fills the registers: half the rows, or they spill
-        return GemvConfig(rows=8 if len(segments) == 1 else 4, warps=min(_WALKING_WARPS, warps))
-    rows = 8 if segments[0].bits == 2 and warps < _KEPT_WARPS else 4
+    if warps > _KEPT_WARPS:
+        return GemvConfig(rows=8, warps=_WALKING_WARPS)
+    rows = 8 if segment.bits == 2 and warps < _KEPT_WARPS else 4
     tiles = -(-spec.out_features // rows)
-    per_multiprocessor = min(resident_programs(segments[0], warps, rows), -(-tiles // (2 * multiprocessors)))
+    per_multiprocessor = min(resident_programs(segment, warps, rows), -(-tiles // (2 * multiprocessors)))
     programs = per_multiprocessor * multiprocessors if tiles > multiprocessors else None
     return GemvConfig(rows=rows, warps=warps, programs=programs)
 
@@ -196,8 +192,7 @@ def gemv_launch(
     copies: Tensor | None = None,
 ) -> tuple[str, tuple[int, int], dict[str, Any]]:
     """Name, grid and arguments of the kernel, all but ASM."""
-    segments = planar_segments(spec)
-    threads = 32 * config.warps
+    (segment,) = planar_segments(spec)
     x = x.contiguous()
     if x.data_ptr() % 16:  # loads are of four neighbouring values
         x = x.clone()
@@ -213,38 +208,30 @@ def gemv_launch(
         "order": tensors.get("planar_order", tensors["planar"]),
         "bias": out if bias is None else bias,
         "y": out,
-        "copies": out if copies is None else copies,
         "n_rows": spec.out_features,
         "n_columns": spec.in_features,
         "stride4": padded_rows(spec) // 4,
-        "segments": tuple(_segment_numbers(segment, threads) for segment in segments),
-        "BITS": tuple(segment.bits for segment in segments),
-        "WIDTHS": tuple(segment.plane_width for segment in segments),
-        "RAGGED": tuple(segment.n_planes % segment.planes_per_block != 0 for segment in segments),
-        "CONSTANT_ZEROS": tuple(None if zeros is not None else constant_zero(spec, segment) for segment in segments),
+        "stride16": segment.row_words // 16,
+        "n_threads": row_threads(segment),
+        "n_planes": segment.n_planes,
+        "BITS": segment.bits,
+        "WIDTH": segment.plane_width,
+        "RAGGED": segment.n_planes % segment.planes_per_block != 0,
+        "ZERO": None if zeros is not None else constant_zero(spec, segment),
         "GROUP": spec.group_size,
         "ORDERED": len(spec.segments) > 1,
         "HAS_BIAS": bias is not None,
-        "COPY_ROWS": None if copies is None else COPY_ROWS,
         "BF16": x.dtype == torch.bfloat16,
         "ROWS": config.rows,
-        "THREADS": threads,
+        "THREADS": 32 * config.warps,
         "num_warps": config.warps,
         "enable_fp_fusion": True,
     }
-    assert copies is None or (COPY_ROWS % config.rows == 0 and config.programs is None)
     tiles = -(-spec.out_features // config.rows)
     if config.programs is None:
+        assert copies is None or COPY_ROWS % config.rows == 0
+        arguments |= {"copies": out if copies is None else copies, "COPY_ROWS": None if copies is None else COPY_ROWS}
         return "gemv_kernel", (tiles, len(out)), arguments
-    arguments = {name: value for name, value in arguments.items() if name not in ("copies", "COPY_ROWS")}
-    return (
-        "resident_gemv_kernel",
-        (min(config.programs, tiles), len(out)),
-        arguments | {"n_tiles": tiles, "CHUNKS": chunks(segments[0], config.warps)},
-    )
-
-
-def _segment_numbers(segment: PlanarSegment, threads: int) -> tuple[int, ...]:
-    needed = row_threads(segment)
-    first, planes = segment.first_group, segment.n_planes
-    return segment.word_offset // 16, segment.row_words // 16, -(-needed // threads), needed, first, planes
+    assert copies is None
+    arguments |= {"n_tiles": tiles, "CHUNKS": chunks(segment, config.warps)}
+    return "resident_gemv_kernel", (min(config.programs, tiles), len(out)), arguments

@@ -1,4 +1,4 @@
-"""Triton kernel for one row of x on planar-16 words (planar.py), with four-byte integer products.
+"""Triton kernels for one row of x on planar-16 words (planar.py), with four-byte integer products.
 
 A tensor core wants eight columns of x and has one; here the threads of a program lie along the columns instead, and
 walk over rows. x is cut into two slices of eight bits for each thread's columns,
@@ -36,7 +36,7 @@ from quantkit.kernels.byte_products_triton import (
 
 @triton.jit
 def _sliced_x(
-    x, order, thread, valid, first_group, n_planes, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    x, order, thread, valid, n_planes, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     RAGGED: tl.constexpr, ORDERED: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """x at the columns of each thread's four words: (highs, lows, sums of the slices) per pair, and the scale.
@@ -55,10 +55,12 @@ def _sliced_x(
         if RAGGED:
             inside = valid & (plane < n_planes)
         if ORDERED:
-            group = first_group + plane * WIDTH // GROUP
-            column = tl.load(order + group, mask=inside, other=0).to(tl.int32) * GROUP + plane * WIDTH % GROUP
+            column = (
+                tl.load(order + plane * WIDTH // GROUP, mask=inside, other=0).to(tl.int32) * GROUP
+                + plane * WIDTH % GROUP
+            )
         else:
-            column = first_group * GROUP + plane * WIDTH
+            column = plane * WIDTH
         words = x + tl.multiple_of(column // 2, 8)[:, None] + inner
         even = tl.load(words, mask=inside[:, None], other=0)
         odd = tl.load(words + WIDTH // 2, mask=inside[:, None], other=0)
@@ -99,34 +101,47 @@ def _load_words(words, first_row, stride, thread, valid, BITS: tl.constexpr, WID
 
 @triton.jit
 def _load_factors(
-    numbers, first_row, stride4, thread, valid, first_group, BITS: tl.constexpr, WIDTH: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr,
+    numbers, first_row, stride4, thread, valid, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Scales (or zeros) of each pair's group, four rows to a number, [threads]."""
     loaded = ()
     for pair in tl.static_range(pairs_of(BITS)):
-        group = first_group + (thread // (WIDTH // 8) * (2 * pairs_of(BITS)) + 2 * pair) * WIDTH // GROUP
+        group = (thread // (WIDTH // 8) * (2 * pairs_of(BITS)) + 2 * pair) * WIDTH // GROUP
         for quad in tl.static_range(ROWS // 4):
             loaded = loaded + (tl.load(numbers + group * stride4 + first_row // 4 + quad, mask=valid, other=0),)
     return loaded
 
 
 @triton.jit
+def _load_chunk(
+    words, scales, zeros, first_row, stride, stride4, thread, valid, BITS: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """Words, scales and zeros of a tile at some columns. Where ZERO is their constant no zeros are loaded."""
+    held = _load_words(words, first_row, stride, thread, valid, BITS, WIDTH, ROWS)
+    factors = _load_factors(scales, first_row, stride4, thread, valid, BITS, WIDTH, GROUP, ROWS)
+    offsets = factors
+    if ZERO is None:
+        offsets = _load_factors(zeros, first_row, stride4, thread, valid, BITS, WIDTH, GROUP, ROWS)
+    return held, factors, offsets
+
+
+@triton.jit
 def _load_tile(
-    words, scales, zeros, first_row, stride, stride4, n_threads, first_group, BITS: tl.constexpr, WIDTH: tl.constexpr,
+    words, scales, zeros, first_row, stride, stride4, n_threads, BITS: tl.constexpr, WIDTH: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, ZERO: tl.constexpr, THREADS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Per chunk of a tile's rows: words, scales and zeros. Where ZERO is their constant no zeros are loaded."""
+    """`_load_chunk` for every chunk of THREADS threads."""
     loaded = ()
     for chunk in tl.static_range(CHUNKS):
         thread = chunk * THREADS + tl.arange(0, THREADS)
         valid = thread < n_threads
-        held = _load_words(words, first_row, stride, thread, valid, BITS, WIDTH, ROWS)
-        factors = _load_factors(scales, first_row, stride4, thread, valid, first_group, BITS, WIDTH, GROUP, ROWS)
-        offsets = factors
-        if ZERO is None:
-            offsets = _load_factors(zeros, first_row, stride4, thread, valid, first_group, BITS, WIDTH, GROUP, ROWS)
-        loaded = loaded + ((held, factors, offsets),)
+        loaded = loaded + (
+            _load_chunk(
+                words, scales, zeros, first_row, stride, stride4, thread, valid, BITS, WIDTH, GROUP, ROWS, ZERO
+            ),
+        )
     return loaded
 
 
@@ -224,10 +239,10 @@ def _token(copies, first_row, COPY_ROWS: tl.constexpr):
         return tl.load(copies + first_row // COPY_ROWS)
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit
 def gemv_kernel(
-    x, words, scales, zeros, order, bias, y, copies, n_rows, n_columns, stride4, segments, BITS: tl.constexpr,
-    WIDTHS: tl.constexpr, RAGGED: tl.constexpr, CONSTANT_ZEROS: tl.constexpr, GROUP: tl.constexpr,
+    x, words, scales, zeros, order, bias, y, copies, n_rows, n_columns, stride4, stride16, n_threads, n_planes,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
     ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, COPY_ROWS: tl.constexpr, BF16: tl.constexpr, ROWS: tl.constexpr,
     THREADS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
@@ -237,65 +252,45 @@ def gemv_kernel(
         x: read as int32, two values at a time; words: likewise.
         copies: the row of x for each COPY_ROWS rows of the weight; COPY_ROWS is None: a program for every row of x.
         scales: four rows read as one int64; zeros: the same, or uint8 read as int32. ``stride4``: of a group.
-        segments: per segment (word offset / 16, words per row / 16, chunks of THREADS threads, threads of a row, first
-            group, planes).
+        stride16: words of a row / 16.
+        n_threads: that a row takes; a program of fewer walks along it.
+        n_planes: that hold columns. ZERO: of every group, or None.
     """
     if PDL:
         gdc_launch_dependents()
-    thread = tl.arange(0, THREADS)
     first_row = tl.program_id(0) * ROWS
     x += _token(copies, first_row, COPY_ROWS).to(tl.int64) * (n_columns // 2)
     y += tl.program_id(1).to(tl.int64) * n_rows
     totals = ()
     for _ in tl.static_range(ROWS):
         totals = totals + (tl.zeros((THREADS,), tl.float32),)
-    for index in tl.static_range(len(BITS)):
-        offset16, stride16, n_chunks, n_threads, first_group, n_planes = segments[index]
-        for chunk in range(n_chunks):
-            here = chunk * THREADS + thread
-            valid = here < n_threads
-            loaded = _load_words(
-                words + offset16.to(tl.int64) * 8,
-                first_row,
-                stride16 * 8,
-                here,
-                valid,
-                BITS[index],
-                WIDTHS[index],
-                ROWS,
-            )
-            factors = _load_factors(
-                scales, first_row, stride4, here, valid, first_group, BITS[index], WIDTHS[index], GROUP, ROWS
-            )
-            offsets = factors
-            if CONSTANT_ZEROS[index] is None:
-                offsets = _load_factors(
-                    zeros, first_row, stride4, here, valid, first_group, BITS[index], WIDTHS[index], GROUP, ROWS
-                )
-            if PDL:  # weights are on their way; x may not be there yet
-                gdc_wait()
-            highs, lows, sums, x_scale = _sliced_x(
-                x, order, here, valid, first_group, n_planes, BITS[index], WIDTHS[index], GROUP, RAGGED[index], ORDERED,
-                BF16, ASM,
-            )  # fmt: skip
-            added = _row_sums(
-                loaded, factors, offsets, highs, lows, sums, BITS[index], CONSTANT_ZEROS[index], ROWS, ASM
-            )
-            sum_now = ()
-            for row in tl.static_range(ROWS):
-                sum_now = sum_now + (totals[row] + added[row] * x_scale,)
-            totals = sum_now
+    for start in range(0, n_threads, THREADS):
+        here = start + tl.arange(0, THREADS)
+        valid = here < n_threads
+        held, factors, offsets = _load_chunk(
+            words, scales, zeros, first_row, stride16 * 8, stride4, here, valid, BITS, WIDTH, GROUP, ROWS, ZERO
+        )
+        if PDL:  # weights are on their way; x may not be there yet
+            gdc_wait()
+        highs, lows, sums, x_scale = _sliced_x(
+            x, order, here, valid, n_planes, BITS, WIDTH, GROUP, RAGGED, ORDERED, BF16, ASM
+        )
+        added = _row_sums(held, factors, offsets, highs, lows, sums, BITS, ZERO, ROWS, ASM)
+        sum_now = ()
+        for row in tl.static_range(ROWS):
+            sum_now = sum_now + (totals[row] + added[row] * x_scale,)
+        totals = sum_now
     _store_rows(y, bias, totals, first_row, n_rows, HAS_BIAS, ROWS)
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit
 def resident_gemv_kernel(
-    x, words, scales, zeros, order, bias, y, n_rows, n_columns, stride4, n_tiles, segments, BITS: tl.constexpr,
-    WIDTHS: tl.constexpr, RAGGED: tl.constexpr, CONSTANT_ZEROS: tl.constexpr, GROUP: tl.constexpr,
+    x, words, scales, zeros, order, bias, y, n_rows, n_columns, stride4, stride16, n_threads, n_planes, n_tiles,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
     ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr,
     CHUNKS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """`gemv_kernel` for one segment whose rows a program spans in CHUNKS steps: x is sliced once for all its tiles.
+    """`gemv_kernel` for rows that a program spans in CHUNKS steps: x is sliced once for all its tiles.
 
     Programs that run at the same time read tiles that lie side by side. The words of a tile are loaded while the one
     before is multiplied. Grid (programs, tokens); tile i + programs follows tile i.
@@ -304,33 +299,27 @@ def resident_gemv_kernel(
         gdc_launch_dependents()
     x += tl.program_id(1).to(tl.int64) * (n_columns // 2)
     y += tl.program_id(1).to(tl.int64) * n_rows
-    offset16, stride16, _, n_threads, first_group, n_planes = segments[0]
-    words += offset16.to(tl.int64) * 8
     stride = stride16 * 8
     tile = tl.program_id(0)
     first_row = tile * ROWS
     loaded = _load_tile(
-        words, scales, zeros, first_row, stride, stride4, n_threads, first_group, BITS[0], WIDTHS[0], GROUP, ROWS,
-        CONSTANT_ZEROS[0], THREADS, CHUNKS,
-    )  # fmt: skip
+        words, scales, zeros, first_row, stride, stride4, n_threads, BITS, WIDTH, GROUP, ROWS, ZERO, THREADS, CHUNKS
+    )
     if PDL:
         gdc_wait()
     sliced = ()
     for chunk in tl.static_range(CHUNKS):
         thread = chunk * THREADS + tl.arange(0, THREADS)
         sliced = sliced + (
-            _sliced_x(
-                x, order, thread, thread < n_threads, first_group, n_planes, BITS[0], WIDTHS[0], GROUP, RAGGED[0],
-                ORDERED, BF16, ASM,
-            ),
-        )  # fmt: skip
+            _sliced_x(x, order, thread, thread < n_threads, n_planes, BITS, WIDTH, GROUP, RAGGED, ORDERED, BF16, ASM),
+        )
     while tile < n_tiles:
         now = loaded
         tile += tl.num_programs(0)
         loaded = _load_tile(
-            words, scales, zeros, tile * ROWS, stride, stride4, tl.where(tile < n_tiles, n_threads, 0), first_group,
-            BITS[0], WIDTHS[0], GROUP, ROWS, CONSTANT_ZEROS[0], THREADS, CHUNKS,
+            words, scales, zeros, tile * ROWS, stride, stride4, tl.where(tile < n_tiles, n_threads, 0), BITS, WIDTH,
+            GROUP, ROWS, ZERO, THREADS, CHUNKS,
         )  # fmt: skip
-        totals = _tile_sums(now, sliced, BITS[0], CONSTANT_ZEROS[0], ROWS, ASM)
+        totals = _tile_sums(now, sliced, BITS, ZERO, ROWS, ASM)
         _store_rows(y, bias, totals, first_row, n_rows, HAS_BIAS, ROWS)
         first_row = tile * ROWS

@@ -98,17 +98,6 @@ def test_one_row(compile_for_sm90, bits, symmetric, programs):
     assert sass.index("LDG.E.EF.128") < sass.index("ACQBULK")  # weights are asked for before x is waited for
 
 
-def test_one_row_of_mixed_widths(compile_for_sm90):
-    from quantkit.kernels import gemv_triton
-
-    spec, tensors = layer({1: 8, 2: 16, 3: 8}, False)
-    x, out = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(1, 192, dtype=torch.bfloat16)
-    name, grid, arguments = gemv_launch(x, spec, tensors, None, out, choose_gemv(spec))
-    early = {"PDL": True, "launch_pdl": True}
-    _, _, resources = compile_for_sm90(getattr(gemv_triton, name), grid, arguments, ASM=True, **early)
-    assert resources["STACK"] <= SPILL_LIMIT[1]
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_one_row_of_signs_with_copies(compile_for_sm90, symmetric):
     """One group per row, as the stacks of the sign formats have it."""
