@@ -16,10 +16,9 @@ from torch import Tensor
 from quantkit.kernels.launch import early_launch
 from quantkit.kernels.planar_matmul import triton_kernels
 
-SPLITS = 16  # programs that share the tokens of one KV head: with 8 heads about as many as multiprocessors
-WARPS = 8  # of such a program
-_BLOCK_BYTES = 1 << 14  # of keys, and of values, that it takes at a time
-_MAX_BLOCK = 64  # tokens
+WARPS = 8  # of a program of the attention
+_BLOCK_BYTES = 1 << 15  # of keys, and of values, that it takes at a time
+_MAX_BLOCK = 128  # tokens
 _ROWS = 16  # query rows of a tile: the tensor core takes no fewer
 _COLUMNS = 1024
 _PICKERS = 64  # programs that look for the largest logit
@@ -33,7 +32,7 @@ class AttentionState:
         keys, values: ``[kv_heads, max_length, head_dim]``; keys are stored rotated.
         cos, sin: float32 ``[max_length, head_dim]``, both halves alike.
         length: int32 ``[1]``, the tokens that are cached before this step.
-        partial: float32 ``[heads, SPLITS, head_dim + 2]``, any content.
+        partial: float32 ``[heads, splits, head_dim + 2]``, any content; splits: programs that share a KV head's tokens.
         counters: int32 ``[kv_heads]``, zeros before and after.
         scale: of the scores.
     """
@@ -48,9 +47,11 @@ class AttentionState:
     scale: float
 
 
-def new_scratch(heads: int, kv_heads: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``partial`` and ``counters`` of `AttentionState`."""
-    partial = torch.empty(heads, SPLITS, head_dim + 2, device=device)
+def new_scratch(
+    heads: int, kv_heads: int, head_dim: int, max_length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """``partial`` and ``counters`` of `AttentionState`. Few splits are merged faster, many read long texts faster."""
+    partial = torch.empty(heads, 8 if max_length <= 2048 else 16, head_dim + 2, device=device)
     return partial, torch.zeros(kv_heads, dtype=torch.int32, device=device)
 
 
@@ -115,12 +116,12 @@ def attend(qkv: Tensor, state: AttentionState) -> Tensor:
         ``[1, heads * head_dim]``.
     """
     kv_heads, max_length, head_dim = state.keys.shape
-    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    heads, splits = qkv.shape[1] // head_dim - 2 * kv_heads, state.partial.shape[1]
     if not qkv.is_cuda:
         return _attend_reference(qkv, state, heads)
     out = qkv.new_empty(1, heads * head_dim)
     with torch.cuda.device(qkv.device):
-        _kernels().attention_kernel[(kv_heads, SPLITS)](
+        _kernels().attention_kernel[(kv_heads, splits)](
             qkv,
             state.cos,
             state.sin,
@@ -136,7 +137,7 @@ def attend(qkv: Tensor, state: AttentionState) -> Tensor:
             ROWS=_ROWS,
             HEAD_DIM=head_dim,
             BLOCK=tokens_at_a_time(head_dim, qkv.dtype),
-            SPLITS=SPLITS,
+            SPLITS=splits,
             WIDE=qkv.dtype == torch.float32,
             **early_launch(qkv.device),
             num_warps=WARPS,

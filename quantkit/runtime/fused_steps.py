@@ -77,7 +77,7 @@ class FusedSteps:
         cos, sin = inner.rotary_emb(torch.zeros(1, device=device), positions)
         self.cos, self.sin = cos[0].float().contiguous(), sin[0].float().contiguous()
         self.length = torch.zeros(1, dtype=torch.int32, device=device)
-        partial, counters = new_scratch(config.num_attention_heads, self.kv_heads, self.head_dim, device)
+        partial, counters = new_scratch(config.num_attention_heads, self.kv_heads, self.head_dim, max_length, device)
         self.blocks = []
         for layer in inner.layers:
             keys, values = torch.zeros(2, self.kv_heads, max_length, self.head_dim, dtype=dtype, device=device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from interpreter_cases import edges_untouched, guarded
 
-from quantkit.kernels.decode_step import SPLITS, AttentionState, PickScratch, add_norm, attend, gated, new_scratch
+from quantkit.kernels.decode_step import AttentionState, PickScratch, add_norm, attend, gated, new_scratch
 from quantkit.kernels.decode_step_triton import add_norm_kernel, attention_kernel, gated_kernel, pick_kernel
 from quantkit.kernels.gather import gather
 from quantkit.kernels.gather_triton import gather_kernel
@@ -62,7 +62,7 @@ def test_attention(position, group, dtype):
         tensor[:, position:] = float("nan")  # not written yet
     angle = random(max_length, head_dim // 2, seed=3).repeat(1, 2)
     qkv = random(1, (group + 2) * kv_heads * head_dim, dtype=dtype, seed=4)
-    partial, counters = new_scratch(group * kv_heads, kv_heads, head_dim, torch.device("cpu"))
+    partial, counters = new_scratch(group * kv_heads, kv_heads, head_dim, 4096, torch.device("cpu"))
     partial.fill_(float("nan"))
     length = torch.tensor([position], dtype=torch.int32)
 
@@ -76,9 +76,9 @@ def test_attention(position, group, dtype):
     expected = attend(qkv, state(*expected_cache))
     (keys, keys_kept), (values, values_kept) = (inside_guards(tensor) for tensor in cache)
     out, out_kept = inside_guards(torch.full_like(expected, float("nan")))
-    attention_kernel[(kv_heads, SPLITS)](
+    attention_kernel[(kv_heads, 16)](
         qkv, angle.cos(), angle.sin(), keys, values, out, partial, counters, length, head_dim**-0.5, max_length,
-        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=4, SPLITS=SPLITS, WIDE=True, PDL=False,
+        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=4, SPLITS=16, WIDE=True, PDL=False,
     )  # fmt: skip
     assert keys_kept()
     assert values_kept()

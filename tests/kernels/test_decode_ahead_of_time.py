@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from quantkit.kernels.decode_step import SPLITS, WARPS, tokens_at_a_time
+from quantkit.kernels.decode_step import WARPS, tokens_at_a_time
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,8 +35,8 @@ def test_attention(compile_for_sm90, group, head_dim, dtype):
     names = ("qkv", "cos", "sin", "keys", "values", "out", "partial", "counters", "length", "scale", "max_length")
     values = (cache, table, table, cache, cache, cache, numbers, integers, integers, 0.1, 1024)
     sass = check(
-        compile_for_sm90, attention_kernel, (8, SPLITS), dict(zip(names, values, strict=True)),
-        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=tokens_at_a_time(head_dim, dtype), SPLITS=SPLITS, WIDE=False,
+        compile_for_sm90, attention_kernel, (8, 8), dict(zip(names, values, strict=True)),
+        GROUP=group, ROWS=16, HEAD_DIM=head_dim, BLOCK=tokens_at_a_time(head_dim, dtype), SPLITS=8, WIDE=False,
         num_warps=WARPS, **EARLY,
     )  # fmt: skip
     assert re.search(r"\bHG?MMA\.", sass)

@@ -138,6 +138,19 @@ def test_one_row_takes_its_measured_shape_where_it_is_possible():
     assert launch_config(spec, NAME) == choose_gemv(spec)  # tiles of three rows are none that a kernel has
 
 
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.json")), ids=lambda file: file.stem)
+def test_shipped_shapes_are_used(file):
+    content = json.loads(file.read_text())
+    keys = set()
+    for entry in content["shapes"]:
+        assert entry["kernel"] == "gemv"
+        spec = layer(entry["bits"], entry["out_features"], entry["in_features"])
+        assert launch_config(spec, content["device"]) == GemvConfig(**entry["shape"])
+        assert entry["microseconds"] <= entry["computed_microseconds"]
+        keys.add(Subject(kernel="gemv", **{name: entry[name] for name in list(entry)[1:5]}).key())
+    assert len(keys) == len(content["shapes"])  # no row hides another
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (64, 256)])
 def test_candidates_are_few_and_possible(bits, rows, columns):
