@@ -7,18 +7,18 @@ are padded to a multiple of 64 or 128, so that every matrix has a planar form. W
                     u_planar, u_scales, u_counters    U side by side, [out, paths * span], one group per path
                     x_scales      float16 [paths, in, padded]    column scales; 0 in padding
                     z_scales      float32 [paths * span]         latent scales; 0 in padding
+                    x_places, x_factors    [paths, cells]        column scales for one row of x (sign_rows.py)
+                    z_places, z_factors    [paths, cells]        the latents of either path
     sign_salient    planar, sign_scales, sign_zeros, counters    the columns with signs; zeros only with means
-                    sign_half_zeros    float16, where the zeros fit; scales are float16 where they fit
                     salient_planar, salient_planar_scales, ...   the `grouped_int` part as `to_planar` leaves it
                     x_order       int32   [columns as the kernel reads them]; beyond the last column: padding
                     x_scales      float32 [the same]             column scales, 1 for salient columns, 0 for padding
-                    x_places, x_factors    the same for one row of x (sliced.py), where it has kernels of its own
+                    x_places, x_factors    [cells]               both for one row of x, where it has kernels of its own
     both            the stored vectors, as they are
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -31,7 +31,7 @@ from quantkit.formats.sign_factors import SignFactorsSpec
 from quantkit.formats.sign_salient import SALIENT, SignSalientSpec, salient_mask
 from quantkit.formats.spec import with_prefix, without_prefix
 from quantkit.kernels.planar import from_planar, is_planar, padded_groups, to_planar
-from quantkit.kernels.sliced import has_sliced, slice_table
+from quantkit.kernels.sign_rows import SignParts, has_sign_rows, row_table
 
 _COLUMNS = 128  # two planes of the preferred width
 _RANKS = 64  # two planes of half that width
@@ -101,9 +101,27 @@ def factors_to_planar(spec: SignFactorsSpec, tensors: dict[str, Tensor]) -> dict
     u_scales = _half(2 * tensors["row_scales"].float().t())
     planar |= with_prefix("u_", _renamed(to_planar(u, {"codes_1b": u_codes, "scales": u_scales})))
     planar["x_scales"] = pad(tensors["column_scales"], (0, v.in_features - spec.in_features))
+    columns = torch.arange(spec.in_features, device=device)
+    tables = [row_table(SignParts(signs=v), [columns], [scales]) for scales in tensors["column_scales"]]
+    planar["x_places"], planar["x_factors"] = (torch.stack(parts) for parts in zip(*tables, strict=True))
+    planar["z_places"], planar["z_factors"] = latent_table(u, 1, device)
     latents = torch.split(tensors["latent_scales"].float(), list(spec.ranks))
     planar["z_scales"] = torch.cat([pad(scales, (0, span - len(scales))) for scales in latents])
     return planar | {name: tensors[name] for name in ("column_scales", "latent_scales", "row_scales")}
+
+
+def latent_table(u: GroupedIntSpec, n_siblings: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`row_table` of the latents of siblings, which lie one after the other: for each a copy for each path of U."""
+    columns = torch.arange(u.in_features, device=device)
+    ones, path = torch.ones(u.in_features, device=device), columns // u.group_size
+    places, factors = [], []
+    for sibling in range(n_siblings):
+        for own in range(u.n_groups):
+            order = torch.where(path == own, sibling * u.in_features + columns, -1)
+            place, factor = row_table(SignParts(signs=u), [order], [ones])
+            places.append(place.to(torch.int32))
+            factors.append(factor)
+    return torch.stack(places), torch.stack(factors)
 
 
 def factors_from_planar(spec: SignFactorsSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -143,23 +161,15 @@ def binary_spec(spec: SignSalientSpec) -> GroupedIntSpec:
 
 
 @lru_cache(maxsize=1024)
-def row_specs(spec: SignSalientSpec) -> tuple[GroupedIntSpec, ...]:
-    """The parts as the one-row kernels see them: signs, with means as zeros, and the salient columns."""
-    binary = replace(binary_spec(spec), symmetric=not spec.row_means)
-    return (binary, spec.salient) if spec.salient else (binary,)
+def salient_parts(spec: SignSalientSpec) -> SignParts:
+    """The parts as the kernels for one row of x see them."""
+    return SignParts(signs=binary_spec(spec), integers=spec.salient)
 
 
-def scales_fit(spec: SignSalientSpec, planar: dict[str, Tensor]) -> bool:
-    """Whether float16 holds the scales of the rows and their zeros."""
-    return planar["sign_scales"].dtype == torch.float16 and (not spec.row_means or "sign_half_zeros" in planar)
-
-
-def row_tensors(spec: SignSalientSpec, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
-    """The planar tensors of `row_specs`."""
-    signs = binary_part(tensors)
-    if spec.row_means:
-        signs["planar_zeros"] = tensors["sign_half_zeros"]
-    return (signs, without_prefix(SALIENT, tensors)) if spec.salient else (signs,)
+def row_signs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The columns with signs under the names that these kernels know."""
+    signs = {"words": tensors["planar"], "scales": tensors["row_scales"]}
+    return signs | ({"means": tensors["row_means"]} if "row_means" in tensors else {})
 
 
 def salient_to_planar(spec: SignSalientSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -176,8 +186,6 @@ def salient_to_planar(spec: SignSalientSpec, tensors: dict[str, Tensor]) -> dict
         rows = signs["planar_scales"].shape[1]
         planar["sign_zeros"] = zeros.new_zeros(padded_groups(binary), rows)
         planar["sign_zeros"][0, : spec.out_features] = zeros
-        if _half(zeros).dtype == torch.float16:
-            planar["sign_half_zeros"] = planar["sign_zeros"].half()
     order = torch.full((binary.in_features + spec.n_salient,), spec.in_features, dtype=torch.int32, device=device)
     x_scales = torch.zeros(len(order), device=device)
     mask = salient_mask(spec, tensors)
@@ -191,11 +199,11 @@ def salient_to_planar(spec: SignSalientSpec, tensors: dict[str, Tensor]) -> dict
         part = to_planar(spec.salient, without_prefix(SALIENT, tensors))
         planar |= with_prefix(SALIENT, part)
     planar |= {"x_order": order, "x_scales": x_scales}
-    parts = row_specs(spec)
-    if has_sliced(parts) and scales_fit(spec, planar):
-        ends = [part.in_features for part in parts]
+    parts = salient_parts(spec)
+    if has_sign_rows(parts):
+        ends = [binary.in_features, spec.n_salient]
         columns = torch.split(torch.where(order < spec.in_features, order, -1), ends)
-        planar["x_places"], planar["x_factors"] = slice_table(parts, columns, torch.split(x_scales, ends))
+        planar["x_places"], planar["x_factors"] = row_table(parts, columns, torch.split(x_scales, ends))
     kept = ("row_scales", "row_means", "column_scales", "salient_columns")
     return planar | {name: tensors[name] for name in kept if name in tensors}
 

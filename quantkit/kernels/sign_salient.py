@@ -22,9 +22,9 @@ from quantkit.formats.spec import without_prefix
 from quantkit.kernels import grouped_int
 from quantkit.kernels.planar_matmul import dequantize_rows, dequantized_matmul
 from quantkit.kernels.planar_product import has_planar_product, planar_product
-from quantkit.kernels.sign_planar import binary_part, binary_spec, row_specs, row_tensors, salient_from_planar
+from quantkit.kernels.sign_planar import binary_part, binary_spec, row_signs, salient_from_planar, salient_parts
+from quantkit.kernels.sign_rows import Source, counts_bits, make_ready, sign_rows
 from quantkit.kernels.signs import as_rows, prepare, sign_matmul
-from quantkit.kernels.sliced import slice_row, sliced_product
 
 _SLAB_BYTES = 1 << 28  # of decoded weight at a time
 
@@ -85,10 +85,10 @@ def planar_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], 
     """``[m, in]`` to ``[m, out]`` in the dtype of x, on a GPU, from the tensors of `salient_to_planar`."""
     if len(x) == 0:
         return x.new_empty(0, spec.out_features)
-    if len(x) == 1 and "x_places" in tensors and x.dtype != torch.float32:
-        parts = row_specs(spec)
-        sliced = slice_row(x, parts, tensors["x_places"][None], tensors["x_factors"][None])
-        return sliced_product(sliced, parts, row_tensors(spec, tensors), bias, x.dtype)
+    if len(x) == 1 and "x_places" in tensors and x.dtype != torch.float32 and counts_bits(x.device):
+        parts = salient_parts(spec)
+        made = make_ready(Source(x=x), parts, tensors["x_places"][None], tensors["x_factors"][None])
+        return sign_rows(*made[:2], parts, row_signs(tensors), without_prefix(SALIENT, tensors), bias, x.dtype)
     prepared = prepare(x, tensors["x_order"], tensors["x_scales"])
     if not has_planar_product(x, binary_spec(spec)):
         return _decoded_matmul(prepared, spec, tensors, bias)
@@ -174,7 +174,6 @@ PLANAR_TENSORS = (
     "planar",
     "sign_scales",
     "sign_zeros",
-    "sign_half_zeros",
     "counters",
     "salient_planar",
     "salient_planar_scales",

@@ -3,7 +3,8 @@
     add + norm | query, key, value | rotate + append + attend | output | add + norm | gate, up | silu * | down
 
 transformers needs some 30 for the same, most of them on a few thousand numbers. The products are those of the model's
-own linears, packed or dense, siblings stacked (stacking.py); the rest is ``kernels/decode_step.py``.
+own linears, packed or dense, siblings stacked (stacking.py); the rest is ``kernels/decode_step.py``. Products with
+signs are two launches; norms and gates are computed in the first of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from quantkit.errors import RequestError
 from quantkit.kernels.decode_step import AttentionState, add_norm, attend, gated, new_scratch, rotate
+from quantkit.kernels.sign_rows import Source
+from quantkit.runtime.sign_stacks import SignStack
 from quantkit.runtime.stacking import stack_linears
 
 _FAMILIES = ("llama", "mistral", "qwen2")
@@ -49,6 +52,14 @@ def why_not(model: Any) -> str | None:
     if head_dim & (head_dim - 1) or config.num_attention_heads // config.num_key_value_heads > _MOST_QUERIES:
         return f"heads of {head_dim} numbers, {config.num_attention_heads} for {config.num_key_value_heads}"
     return None if config.hidden_act == "silu" else f"its activation is {config.hidden_act}"
+
+
+def _of_gated(linear: nn.Module, gate_up: Tensor) -> Tensor:
+    """The product with ``silu(gate) * up``."""
+    if isinstance(linear, SignStack) and linear.has_row(gate_up):
+        return linear.row(Source(kind="gated", x=gate_up))[0]
+    product: Tensor = linear(gated(gate_up))
+    return product
 
 
 class FusedSteps:
@@ -128,13 +139,23 @@ class FusedSteps:
         attention = attend if ids.shape[1] == 1 else self._attend_prompt
         update: Tensor | None = None
         for block in self.blocks:
-            normal = add_norm(hidden, update, block.norms[0], self.eps)
-            update = block.output(attention(block.qkv(normal), block.attention))
-            normal = add_norm(hidden, update, block.norms[1], self.eps)
-            update = block.down(gated(block.gate_up(normal)))
+            hidden, qkv = self._of_norm(block.qkv, hidden, update, block.norms[0])
+            update = block.output(attention(qkv, block.attention))
+            hidden, gate_up = self._of_norm(block.gate_up, hidden, update, block.norms[1])
+            update = _of_gated(block.down, gate_up)
         normal = add_norm(hidden, update, self.norm.weight, self.eps)
         logits: Tensor = self.head(normal[-1:])
         return logits
+
+    def _of_norm(
+        self, linears: nn.Module, hidden: Tensor, update: Tensor | None, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``hidden + update``, and the product with its norm: signs take the norm in the launch that prepares it."""
+        if isinstance(linears, SignStack) and linears.has_row(hidden):
+            source = Source(kind="norm", x=hidden, update=update, weight=weight, eps=self.eps)
+            product, residual = linears.row(source)
+            return residual, product
+        return hidden, linears(add_norm(hidden, update, weight, self.eps))
 
     def _attend_prompt(self, qkv: Tensor, state: AttentionState) -> Tensor:
         """All tokens of a prompt ``[n, ...]`` among themselves."""

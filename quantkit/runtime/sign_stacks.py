@@ -26,14 +26,12 @@ from quantkit.formats.sign_salient import SignSalientSpec, salient_mask
 from quantkit.kernels import grouped_int
 from quantkit.kernels.gather import gather
 from quantkit.kernels.gemv import COPY_ROWS, HALF_TYPES, gemv, has_gemv
-from quantkit.kernels.latents import latent_product
 from quantkit.kernels.planar import to_planar
 from quantkit.kernels.planar_matmul import dequantize_rows
-from quantkit.kernels.sign_planar import has_planar_form, sign_spec
-from quantkit.kernels.sliced import has_sliced, slice_row, slice_table, sliced_product
+from quantkit.kernels.sign_planar import has_planar_form, latent_table, sign_spec
+from quantkit.kernels.sign_rows import SignParts, Source, counts_bits, has_sign_rows, make_ready, row_table, sign_rows
 
 _COLUMNS = 128  # columns and latents are padded to a multiple: two planes of the kernels
-_FLAT = 2.0**-15  # a scale below this share of its row's mean is dropped: in units of the scale the mean is no float16
 
 
 class OwnRows(nn.Module):
@@ -96,6 +94,9 @@ class SignStack(nn.Module, ABC):
     bias: Tensor | None
     order: Tensor
     scales: Tensor
+    places: Tensor | None  # of `row_table`, for each copy; None: there are no kernels for one row
+    factors: Tensor
+    first: SignParts  # what the copies are multiplied by
 
     def __init__(self, sizes: Sequence[int], order: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -106,15 +107,27 @@ class SignStack(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[m, in]`` to the results of all siblings side by side, ``[m, rows]``."""
+        if self.has_row(x):
+            return self.row(Source(x=x))[0]
         if len(x) == 1:
-            product = self.row(x) if x.is_cuda and x.dtype in HALF_TYPES else None
-            return self.one(gather(x, self.order, scales=self.scales)) if product is None else product
+            return self.one(gather(x, self.order, scales=self.scales))
         out = torch.cat([self.several(pad(x, (0, 1)), sibling) for sibling in range(len(self.sizes))], 1)
         return out if self.bias is None else out + self.bias
 
+    def has_row(self, x: Tensor) -> bool:
+        """Whether `row` has kernels for activations like x ``[m, n]``."""
+        one = len(x) == 1 and x.dtype in HALF_TYPES and counts_bits(x.device)
+        return one and self.places is not None
+
+    def row(self, source: Source) -> tuple[Tensor, Tensor]:
+        """Results of all siblings, ``[1, rows]``, for one token on a GPU, and the third of `make_ready`'s results."""
+        assert self.places is not None
+        ready, numbers, residual = make_ready(source, self.first, self.places, self.factors)
+        return self.multiplied(ready, numbers, source.x.dtype), residual
+
     @abstractmethod
-    def row(self, x: Tensor) -> Tensor | None:
-        """Results of all siblings, ``[1, rows]``, for one token in half precision on a GPU; None: no kernel."""
+    def multiplied(self, ready: Tensor, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """Results of all siblings, ``[1, rows]``, from what `make_ready` gives."""
 
     @abstractmethod
     def one(self, copies: Tensor) -> Tensor:
@@ -133,8 +146,8 @@ def columns_of(padded: Tensor, order: Tensor, scales: Tensor) -> Tensor:
 class SalientStack(SignStack):
     """`sign_salient` siblings with equally many salient columns, stored alike. ``salient``: stored tensors, stacked."""
 
-    places: Tensor | None
-    factors: Tensor
+    row_scales: Tensor
+    row_means: Tensor | None
 
     def __init__(self, linears: Sequence[Any], salient: dict[str, Tensor], bias: Tensor | None) -> None:
         specs: list[SignSalientSpec] = [each.spec for each in linears]
@@ -156,13 +169,16 @@ class SalientStack(SignStack):
         super().__init__(sizes, split[0], split[1], bias)
         self.shapes = (len(specs), n), (len(specs), specs[0].n_salient)
         self.signs = OwnRows(*_one_bit(specs, stored, n), sizes)
+        for name in ("row_scales", "row_means"):
+            held = torch.cat([tensors[name] for tensors in stored]) if name in stored[0] else None
+            self.register_buffer(name, held, persistent=False)
         self.integers = OwnRows(_stacked(specs), salient, sizes) if salient else None
-        self.specs = (self.signs.spec, self.integers.spec) if self.integers else (self.signs.spec,)
+        self.first = SignParts(signs=self.signs.spec, integers=self.integers.spec if self.integers else None)
         self.starts = [first for first, _ in self.signs.bounds[1:]]
         places = factors = None
-        if has_sliced(self.specs, self.starts):
+        if has_sign_rows(self.first, self.starts):
             own = zip(*(zip(*self._split(table), strict=True) for table in (self.order, self.scales)), strict=True)
-            tables = [slice_table(self.specs, columns, factors) for columns, factors in own]
+            tables = [row_table(self.first, columns, factors) for columns, factors in own]
             places, factors = (torch.stack(parts) for parts in zip(*tables, strict=True))
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("factors", factors, persistent=False)
@@ -174,22 +190,28 @@ class SalientStack(SignStack):
         parts = {(each.salient.segments, each.salient.symmetric) if each.salient else None for each in specs}
         return len(alike) == len(parts) == 1 and has_planar_form(specs[0])
 
-    def row(self, x: Tensor) -> Tensor | None:
-        if self.places is None:
-            return None
-        parts = [part.tensors() for part in (self.signs, self.integers) if part]
-        sliced = slice_row(x, self.specs, self.places, self.factors)
-        return sliced_product(sliced, self.specs, parts, self.bias, x.dtype, self.starts)
+    def multiplied(self, ready: Tensor, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        integers = self.integers.tensors() if self.integers else None
+        signs = {"words": self.signs.tensors()["planar"], "scales": self.row_scales}
+        if self.row_means is not None:
+            signs["means"] = self.row_means
+        return sign_rows(ready, numbers, self.first, signs, integers, self.bias, dtype, self.starts)
 
     def one(self, copies: Tensor) -> Tensor:
         signed, salient = self._split(copies)
         out: Tensor = self.signs(signed, self.bias)
+        if self.row_means is not None:
+            sums = signed.sum(1, dtype=torch.float32).repeat_interleave(torch.tensor(self.sizes, device=signed.device))
+            out = (out + self.row_means * sums).to(signed.dtype)
         return out if self.integers is None else cast(Tensor, self.integers(salient, out[0]))
 
     def several(self, padded: Tensor, sibling: int) -> Tensor:
         orders, scales = self._split(self.order), self._split(self.scales)
         signed, salient = (columns_of(padded, a[sibling], b[sibling]) for a, b in zip(orders, scales, strict=True))
         out = self.signs.part(signed, sibling)
+        if self.row_means is not None:
+            means = self.row_means[slice(*self.signs.bounds[sibling])].to(out.dtype)
+            out = out.addmm(signed.sum(1, keepdim=True, dtype=torch.float32).to(out.dtype), means[None])
         return out if self.integers is None else out + self.integers.part(salient, sibling)
 
     def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,30 +235,20 @@ def _stacked(specs: Sequence[SignSalientSpec]) -> GroupedIntSpec:
 def _one_bit(
     specs: Sequence[SignSalientSpec], stored: Sequence[dict[str, Tensor]], columns: int
 ) -> tuple[GroupedIntSpec, dict[str, Tensor]]:
-    """Signs, scales and means of all rows as a one-bit weight with one group per row: alpha (2 c - 1) + mu."""
+    """Signs and scales of all rows as a one-bit weight with one group per row, without their means."""
     bits = torch.cat([unpack_bits(tensors["signs"], 1, specs[0].n_binary) for tensors in stored])
     alpha = torch.cat([tensors["row_scales"].float() for tensors in stored])
-    spec = sign_spec(len(bits), columns)
-    if not specs[0].row_means:
-        codes = pack_bits(pad(bits, (0, columns - bits.shape[1])), 1)
-        return spec, {"codes_1b": codes, "scales": (2 * alpha).half()[:, None]}
-    mu = torch.cat([tensors["row_means"].float() for tensors in stored])
-    flat = alpha.abs() <= _FLAT * mu.abs()
-    bits[flat] = 0
-    scales = torch.where(flat, 1.0, 2 * alpha)
-    zeros = torch.where(flat, -mu, (alpha - mu) / scales)
-    spec = GroupedIntSpec(
-        out_features=len(bits), in_features=columns, group_size=columns, segments=((1, 1),), symmetric=False
-    )
     codes = pack_bits(pad(bits, (0, columns - bits.shape[1])), 1)
-    return spec, {"codes_1b": codes, "scales": scales.half()[:, None], "zeros_1b": zeros.half()[:, None]}
+    return sign_spec(len(bits), columns), {"codes_1b": codes, "scales": (2 * alpha).half()[:, None]}
 
 
 class FactorStack(SignStack):
     """`sign_factors` siblings with equally many paths; every path is given as many latents as the largest has."""
 
     latents: Tensor
-    halves: Tensor
+    row_scales: Tensor
+    z_places: Tensor | None
+    z_factors: Tensor
 
     def __init__(self, linears: Sequence[Any], bias: Tensor | None) -> None:
         specs: list[SignFactorsSpec] = [each.spec for each in linears]
@@ -253,7 +265,10 @@ class FactorStack(SignStack):
         self.paths, self.span = n_paths, span
         v_codes = torch.cat([_v_codes(spec, tensors, span, missing) for spec, tensors in pairs])
         u_codes = torch.cat([_u_codes(spec, tensors, span) for spec, tensors in pairs])
-        u_scales = torch.cat([2 * tensors["row_scales"].float().t() for tensors in stored]).half()
+        self.register_buffer(
+            "row_scales", torch.cat([tensors["row_scales"] for tensors in stored], 1), persistent=False
+        )
+        u_scales = (2 * self.row_scales.float().t()).half()
         latents = torch.cat(
             [
                 pad(part, (0, span - len(part)))
@@ -262,10 +277,20 @@ class FactorStack(SignStack):
             ]
         )
         self.register_buffer("latents", latents, persistent=False)
-        self.register_buffer("halves", self.scales.half(), persistent=False)
         v_scales = (2 * latents).half()[:, None]
         v, u = sign_spec(len(v_codes), n + missing), sign_spec(len(u_codes), self.paths * span, self.paths)
         self.v = OwnRows(v, {"codes_1b": v_codes, "scales": v_scales}, [span] * copies)
+        self.first = SignParts(signs=v)
+        tables = [row_table(self.first, [order[0]], [factors]) for factors in scales]
+        places, factors = (torch.stack(parts) for parts in zip(*tables, strict=True))
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("factors", factors, persistent=False)
+        self.second = SignParts(signs=u)
+        latent: tuple[Tensor | None, ...] = (None, None)
+        if has_sign_rows(self.second, [sum(sizes[:number]) for number in range(1, len(sizes))]):
+            latent = latent_table(u, len(sizes), device)
+        self.register_buffer("z_places", latent[0], persistent=False)
+        self.register_buffer("z_factors", latent[1], persistent=False)
         self.u = OwnRows(u, {"codes_1b": u_codes, "scales": u_scales}, sizes)
 
     @staticmethod
@@ -273,11 +298,16 @@ class FactorStack(SignStack):
         """Whether siblings can be stacked."""
         return len({(spec.in_features, len(spec.ranks)) for spec in specs}) == 1
 
-    def row(self, x: Tensor) -> Tensor | None:
-        if not has_gemv(x, self.u.spec):
-            return None
-        z = latent_product(x, self.v.spec, self.v.tensors()["planar"], self.halves, self.latents, self.span)
-        return cast(Tensor, self.u(z.view(len(self.sizes), -1), self.bias))
+    def multiplied(self, ready: Tensor, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        starts = [first for first, _ in self.v.bounds[1:]]
+        signs = {"words": self.v.tensors()["planar"], "scales": self.latents}
+        z = sign_rows(ready, numbers, self.first, signs, None, None, dtype, starts)
+        if self.z_places is None:
+            return cast(Tensor, self.u(z.view(len(self.sizes), -1), self.bias))
+        starts = [first for first, _ in self.u.bounds[1:]]
+        signs = {"words": self.u.tensors()["planar"], "scales": self.row_scales}
+        ready, numbers, _ = make_ready(Source(x=z), self.second, self.z_places, self.z_factors)
+        return sign_rows(ready, numbers, self.second, signs, None, self.bias, dtype, starts)
 
     def one(self, copies: Tensor) -> Tensor:
         latents: Tensor = self.v(copies, None)

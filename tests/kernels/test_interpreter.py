@@ -14,9 +14,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 FILES = [
     "interpreter_cases.py",
     "gemv_interpreter_cases.py",
-    "sliced_interpreter_cases.py",
-    "latents_interpreter_cases.py",
     "bit_interpreter_cases.py",
+    "sign_rows_interpreter_cases.py",
     "interpreter_sign_cases.py",
     "kv_interpreter_cases.py",
     "decode_interpreter_cases.py",

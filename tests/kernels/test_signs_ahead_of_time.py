@@ -10,17 +10,23 @@ import torch
 
 from quantkit.evaluation.random_weights import random_spec
 from quantkit.formats.sign_salient import SignSalientSpec
-from quantkit.kernels.latents import latent_launch
 from quantkit.kernels.planar import padded_rows, planar_segments
-from quantkit.kernels.sign_planar import row_specs, sign_spec
-from quantkit.kernels.sliced import choose_sliced, new_slices, product_launch, slice_launch, slice_table
+from quantkit.kernels.sign_planar import salient_parts, sign_spec
+from quantkit.kernels.sign_rows import (
+    SignParts,
+    Source,
+    choose_sign_rows,
+    new_ready,
+    ready_launch,
+    row_table,
+    rows_launch,
+)
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton was imported as interpreter"),
 ]
 EARLY = {"PDL": True, "launch_pdl": True}
-SPILL_LIMIT = 96  # bytes per thread
 
 
 def planar_zeros(spec):
@@ -33,39 +39,47 @@ def planar_zeros(spec):
     return tensors if spec.symmetric else tensors | {"planar_zeros": zeros}
 
 
-@pytest.mark.parametrize(("out_features", "in_features"), [(16384, 4096), (192, 4096), (16384, 8192), (192, 14336)])
+@pytest.mark.parametrize(("out_features", "in_features"), [(16384, 4096), (192, 8192), (192, 14336)])
 def test_signs_beside_integers(compile_for_sm90, out_features, in_features):
-    """Every word of a tile is asked for before the slices are waited for, sixteen bytes at a time."""
-    from quantkit.kernels.sliced_triton import slice_kernel, sliced_product_kernel
+    """All words of a program's rows are asked for before x is waited for, sixteen bytes at a time."""
+    from quantkit.kernels.sign_rows_triton import ready_kernel, sign_rows_kernel
 
     spec = random_spec("ptq161", out_features, in_features)
     assert isinstance(spec, SignSalientSpec)
-    parts = row_specs(spec)
-    columns = [torch.zeros(part.in_features, dtype=torch.int64) for part in parts]
-    places, factors = (table[None] for table in slice_table(parts, columns, [each.float() for each in columns]))
+    assert spec.salient is not None
+    parts = salient_parts(spec)
+    columns = [torch.zeros(part.in_features, dtype=torch.int64) for part in (parts.signs, spec.salient)]
+    places, factors = (table[None] for table in row_table(parts, columns, [each.float() for each in columns]))
     x, out = torch.zeros(1, in_features, dtype=torch.bfloat16), torch.zeros(1, out_features, dtype=torch.bfloat16)
-    sliced = new_slices(parts, places)
-    grid, arguments = slice_launch(x, parts, places, factors, *sliced)
-    _, _, resources = compile_for_sm90(slice_kernel, grid, arguments, **EARLY)
+    ready = new_ready(parts, places)
+    for kind in ("row", "gated", "norm"):
+        source = Source(x=x, kind=kind, update=x if kind == "norm" else None, weight=x[0])
+        grid, arguments = ready_launch(source, parts, places, factors, *ready, x)
+        _, sass, resources = compile_for_sm90(ready_kernel, grid, arguments, **EARLY)
+        assert resources["STACK"] == 0
+        assert sass.index("LDG") < sass.index("ACQBULK")  # tables are asked for before x is waited for
+    config = choose_sign_rows(parts)
+    held = planar_zeros(parts.signs)
+    signs = {"words": held["planar"], "scales": held["planar_scales"][0], "means": held["planar_scales"][0]}
+    grid, arguments = rows_launch(*ready, parts, signs, planar_zeros(spec.salient), None, out, (), config)
+    _, sass, resources = compile_for_sm90(sign_rows_kernel, grid, arguments, ASM=True, **EARLY)
     assert resources["STACK"] == 0
-    config = choose_sliced(parts)
-    held = [planar_zeros(part) for part in parts]
-    grid, arguments = product_launch(sliced, parts, held, None, out, (), config)
-    _, sass, resources = compile_for_sm90(sliced_product_kernel, grid, arguments, ASM=True, **EARLY)
-    assert resources["STACK"] <= SPILL_LIMIT
+    assert "BMMA.168256.AND.POPC" in sass
     assert "IDP.4A" in sass
-    assert len(re.findall(r"LDG\.E\.EF\.128", sass.split("ACQBULK")[0])) >= 2 * config.rows
+    integer_rows = 16 * config.tiles // config.warps
+    asked = len(re.findall(r"LDG\.E\.EF\.128", sass.split("ACQBULK")[0]))
+    assert asked == 4 * config.tiles + integer_rows
 
 
-@pytest.mark.parametrize("in_features", [4096, 14336])
-def test_latents(compile_for_sm90, in_features):
-    from quantkit.kernels.latents_triton import latent_product_kernel
+def test_signs_alone(compile_for_sm90):
+    from quantkit.kernels.sign_rows_triton import sign_rows_kernel
 
-    v = sign_spec(192, in_features)
-    x, out = torch.zeros(1, in_features, dtype=torch.bfloat16), torch.zeros(1, 192, dtype=torch.bfloat16)
-    columns, scales = torch.zeros(3, in_features, dtype=torch.float16), torch.zeros(192)
-    grid, arguments = latent_launch(x, v, planar_zeros(v)["planar"], columns, scales, 64, out)
-    _, sass, resources = compile_for_sm90(latent_product_kernel, grid, arguments, ASM=True, **EARLY)
+    parts = SignParts(signs=sign_spec(192, 4096))
+    held, places = planar_zeros(parts.signs), torch.zeros(6, 4096, dtype=torch.int16)
+    signs = {"words": held["planar"], "scales": torch.zeros(192)}
+    out = torch.zeros(1, 192, dtype=torch.bfloat16)
+    config = choose_sign_rows(parts)
+    grid, arguments = rows_launch(*new_ready(parts, places), parts, signs, None, None, out, range(32, 192, 32), config)
+    _, sass, resources = compile_for_sm90(sign_rows_kernel, grid, arguments, ASM=True, **EARLY)
     assert resources["STACK"] == 0
-    assert "IDP.4A" in sass
-    assert sass.index("LDG.E.EF") < sass.index("ACQBULK")  # signs are asked for before x is waited for
+    assert "BMMA.168256.AND.POPC" in sass

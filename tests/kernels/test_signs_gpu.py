@@ -15,6 +15,7 @@ from quantkit.formats.sign_salient import SignSalient
 from quantkit.formats.storage import pack
 from quantkit.kernels.storage import kernel_of
 from quantkit.runtime.packed_linear import PackedLinear
+from quantkit.runtime.stacking import stack_linears
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -111,3 +112,23 @@ def test_layer_moves_there_and_back(weight: SignSalient | SignFactors) -> None:
     layer.cpu()
     assert not layer.is_planar
     assert all(torch.equal(layer.stored_tensors()[name], tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "in_features"), [((160, 96, 64), 1111), ((320, 352), 2304), ((64,), 768)])
+def test_siblings_times_one_row(rows: tuple[int, ...], in_features: int, kind: str, dtype: torch.dtype) -> None:
+    """Stacked as in a decoding step: every sibling makes something else of the same x."""
+    weights = [weight_of(kind, n, in_features) for n in rows]
+    linears = torch.nn.ModuleDict()
+    for number, weight in enumerate(weights):
+        linear = PackedLinear(weight.spec())
+        linear.load_state_dict({**pack(weight), "weight": torch.empty(0)})
+        linears[str(number)] = linear.cuda().to(dtype)
+    x = torch.randn(1, in_features, generator=torch.Generator().manual_seed(1)).to(dtype).cuda()
+    y = stack_linears(linears, tuple(linears))(x)
+    first = 0
+    for weight in weights:
+        last = first + weight.spec().out_features
+        check(y[:, first:last], x, weight)
+        first = last
