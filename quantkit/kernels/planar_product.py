@@ -19,6 +19,8 @@ from quantkit.kernels.planar import PlanarSegment, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
 _MAX_SPLITS = 16
+_PREPARING = 256  # programs that prepare x, about
+_FEW_CHAINS = 8  # of a row, for which no more programs are started
 _LONG_ROW = 8192  # columns from which a program that prepares a row of x has twice the warps
 
 
@@ -139,16 +141,20 @@ def workspace(
 
 def prepare_launch(
     x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], prepared: Prepared
-) -> tuple[tuple[int], dict[str, Any]]:
+) -> tuple[tuple[int, int], dict[str, Any]]:
     """Grid and arguments of `prepare_kernel`."""
     assert x.stride(1) == 1
+    chain = _chain(spec)
     numbers, padding, start = [], [], 0
     for segment in planar_segments(spec):
         first, n_columns = segment.first_group * spec.group_size, segment.n_groups * spec.group_size
         padded = _segment_columns(segment) - n_columns
-        numbers.append((segment.first_group, start - first, padded, start + n_columns))
+        numbers.append((first // chain, (start - first) // chain, padded, start + n_columns))
         padding.append(_power_of_two(padded) if padded else 0)
         start += n_columns + padded
+    n_chains = spec.in_features // chain
+    parts = max(1, min(_PREPARING // len(x), n_chains // _FEW_CHAINS))
+    chains = _power_of_two(-(-n_chains // parts))
     arguments = {
         "x": x,
         "order": tensors.get("planar_order", tensors["planar"]),
@@ -156,19 +162,19 @@ def prepare_launch(
         "sums": prepared.sums,
         "factors": prepared.factors,
         "stride": x.stride(0),
+        "n_columns": spec.in_features,
         "n_prepared": start,
         "n_tokens": len(x),
         "segments": tuple(numbers),
-        "N_GROUPS": spec.n_groups,
-        "GROUPS": _power_of_two(spec.n_groups),
         "GROUP": spec.group_size,
-        "COLUMNS": _power_of_two(spec.group_size),
-        "CHAIN": _chain(spec),
+        "CHAIN": chain,
+        "CHAINS": chains,
+        "COLUMNS": _power_of_two(spec.in_features),
         "ORDERED": len(spec.segments) > 1,
         "PADDING": tuple(padding),
         "num_warps": 8 if spec.in_features <= _LONG_ROW else 16,
     }
-    return (len(x),), arguments
+    return (len(x), -(-n_chains // chains)), arguments
 
 
 def product_launch(

@@ -32,50 +32,54 @@ from quantkit.kernels.grouped_int_triton import plane_operand, rescaled
 
 @triton.jit(do_not_specialize=["n_tokens"])
 def prepare_kernel(
-    x, order, prepared, sums, factors, stride, n_prepared, n_tokens, segments, N_GROUPS: tl.constexpr,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, CHAIN: tl.constexpr, ORDERED: tl.constexpr,
-    PADDING: tl.constexpr, PDL: tl.constexpr = False,
+    x, order, prepared, sums, factors, stride, n_columns, n_prepared, n_tokens, segments, GROUP: tl.constexpr,
+    CHAIN: tl.constexpr, CHAINS: tl.constexpr, COLUMNS: tl.constexpr, ORDERED: tl.constexpr, PADDING: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """prepared [tokens, n_prepared], sums [n_prepared / CHAIN, tokens], factors [tokens]. One token per program.
+    """prepared [tokens, n_prepared], sums [n_prepared / CHAIN, tokens], factors [tokens].
+
+    Grid (tokens, parts of CHAINS chains); every program looks at the whole row for its largest number.
 
     Args:
-        segments: per segment (first group, what its columns move on by, padded columns, where they start).
-        GROUPS, COLUMNS: powers of two, not below N_GROUPS and GROUP. PADDING: the same, of the padded columns.
+        segments: per segment (first chain, what its chains move on by, padded columns, where they start).
+        COLUMNS, PADDING: powers of two, not below n_columns and the padded columns (or 0).
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0)
+    part = tl.program_id(1)
     x += token.to(tl.int64) * stride
     prepared += token.to(tl.int64) * n_prepared
     sums += token
-    group = tl.arange(0, GROUPS)
-    inner = tl.arange(0, COLUMNS)
-    inside = (group < N_GROUPS)[:, None] & (inner < GROUP)[None, :]
-    source = group
-    if ORDERED:
-        source = tl.load(order + group, mask=group < N_GROUPS, other=0).to(tl.int32)
-    values = tl.load(x + source[:, None] * GROUP + inner[None, :], mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.max(tl.abs(values), 1), 0)
+    column = tl.arange(0, COLUMNS)
+    row = tl.load(x + column, mask=column < n_columns, other=0.0)
+    largest = tl.max(tl.abs(row.to(tl.float32)), 0)
     exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF, 15)
-    values *= ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # 2**14 <= the largest < 2**15
-    half = values.to(tl.float16)
-    shift = tl.zeros((GROUPS,), tl.int32)
+    scale = ((268 - exponent) << 23).to(tl.float32, bitcast=True)  # 2**14 <= the largest < 2**15
+    chain = part * CHAINS + tl.arange(0, CHAINS)
+    inside = chain < n_columns // CHAIN
+    source = chain * CHAIN
+    if ORDERED:
+        group = tl.load(order + source // GROUP, mask=inside, other=0).to(tl.int32)
+        source = group * GROUP + source % GROUP
+    inner = tl.arange(0, CHAIN)[None, :]
+    values = tl.load(x + tl.multiple_of(source, CHAIN)[:, None] + inner, mask=inside[:, None], other=0.0)
+    half = (values.to(tl.float32) * scale).to(tl.float16)
+    target = chain
     for index in tl.static_range(len(PADDING)):
-        first_group, moved, padded, start = segments[index]
-        shift = tl.where(group >= first_group, moved, shift)
-        if PADDING[index] > 0:
-            place = tl.arange(0, PADDING[index])
-            zeros = tl.zeros_like(place).to(tl.float32)
-            tl.store(prepared + start + place, zeros.to(tl.float16), mask=place < padded)
-            tl.store(sums + (start // CHAIN + place) * n_tokens, zeros, mask=place < padded // CHAIN)
-    first = group * GROUP + shift
-    tl.store(prepared + first[:, None] + inner[None, :], half, mask=inside)
-    chain = tl.arange(0, COLUMNS // CHAIN)
-    total = tl.sum(tl.reshape(half.to(tl.float32), (GROUPS, COLUMNS // CHAIN, CHAIN)), 2)
-    inside = (group < N_GROUPS)[:, None] & (chain < GROUP // CHAIN)[None, :]
-    tl.store(sums + (first[:, None] // CHAIN + chain[None, :]) * n_tokens, total, mask=inside)
-    tl.store(factors + token, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
+        first_chain, moved, padded, start = segments[index]
+        target = tl.where(chain >= first_chain, chain + moved, target)
+        if PADDING[index] > 0:  # noqa: SIM102 - decided when compiling
+            if part == 0:
+                place = tl.arange(0, PADDING[index])
+                zeros = tl.zeros_like(place).to(tl.float32)
+                tl.store(prepared + start + place, zeros.to(tl.float16), mask=place < padded)
+                tl.store(sums + (start // CHAIN + place) * n_tokens, zeros, mask=place < padded // CHAIN)
+    tl.store(prepared + tl.multiple_of(target * CHAIN, CHAIN)[:, None] + inner, half, mask=inside[:, None])
+    tl.store(sums + target * n_tokens, tl.sum(half.to(tl.float32), 1), mask=inside)
+    if part == 0:
+        tl.store(factors + token, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
 
 
 @triton.constexpr_function
