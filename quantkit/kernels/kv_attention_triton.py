@@ -1,12 +1,13 @@
 """Triton kernels of attention over packed pages. Imported on first use: `import quantkit` does not need Triton.
 
 Split-KV flash decoding for one sequence. Program (split, KV head) takes a range of pages; the query heads of a group
-are the columns of the tensor-core products, whose first operand are packed fields, one AND away from the words (a field
-with the exponent bits masked is the float16 subnormal code * 2**(p - 24), see grouped_int_triton.py):
+are the columns of the tensor-core products, whose first operand are bytes of packed words, cut off above a field: an
+integer below 256 as float16 is the subnormal integer * 2**-24, and so at most one AND away from the words:
 
-    S_e [run, columns]  = field_e(K) [run, D] Q [D, columns]        tokens of plane e
-    O   [D, columns]   += field_e(V) [D, run] P_e [run, columns]    the same tokens: nothing is shuffled
+    T_e [run, columns]  = byte(K) up to field e [run, D] Q [D, columns]     scores of plane e: (T_e - T_(e-1)) / 2^place
+    O   [D, columns]   += byte(V) up to field e [D, run] (P_e - P_(e+1))     P_e: probabilities / 2^place of plane e
 
+Fields of their own would take an AND more for each byte. The same tokens meet in both products: nothing is shuffled.
 Scales multiply scores and probabilities, not codes; offsets are a rank-1 term. The key rotation is done to the query,
 and the value rotation undone to what a split found, in registers. Tokens in 16 bits are splits of their own, and one
 of these may also take in the newest token. `merge_kernel` reads all splits at once: a loop over them would cost one
@@ -26,7 +27,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.kernels.grouped_int_triton import half_field
 from quantkit.kernels.kv_rotation_triton import rotate_columns
 
 PAGE = tl.constexpr(128)
@@ -34,27 +34,50 @@ LOW = tl.constexpr(-1e30)  # stands for minus infinity, whose differences are no
 
 
 @triton.constexpr_function
-def _shift(bits, field):
-    """Fields of a page go up from bit 0, whatever the order of weights is (formats/kv_page.py)."""
-    return field * bits // 8 * 8
+def _place(bits, field):
+    """Of a field among those of its byte."""
+    return field % (8 // bits)
 
 
 @triton.constexpr_function
-def _position(bits, field):
-    return field * bits % 8
+def _scale_of(bits, field):
+    """What one step of the field's code adds to an operand that holds it."""
+    return 2.0 ** (_place(bits, field) * bits - 24)
 
 
 @triton.constexpr_function
-def _unit(bits, field):
-    """What one code step adds to the operand of a plane."""
-    return 2.0 ** (field * bits % 8 - 24)
+def _sum_of(bits, field):
+    """The sum of `_scale_of` over the fields that the field's operand holds."""
+    return sum(2.0 ** (place * bits) for place in range(_place(bits, field) + 1)) * 2.0**-24
+
+
+@triton.constexpr_function
+def _is_last(bits, field):
+    return _place(bits, field) == 8 // bits - 1
+
+
+@triton.constexpr_function
+def _operand_asm(bits, field):
+    """PTX for a pair of words: the byte of the field, up to and with the field."""
+    mask = (1 << (_place(bits, field) + 1) * bits) - 1
+    pair = f"0x{mask << 16 | mask:08x}"
+    if field < 8 // bits:
+        return f"and.b32 $0,$1,{pair};"
+    if _is_last(bits, field):
+        return "prmt.b32 $0,$1,0,0x4341;"
+    return f"{{.reg .b32 t; prmt.b32 t,$1,0,0x4341; and.b32 $0,t,{pair};}}"
 
 
 @triton.jit
 def _plane(words, FIELD: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """float16 operand of one plane: code * 2**(p - 24)."""
-    MASK: tl.constexpr = ((1 << BITS) - 1) << _position(BITS, FIELD)
-    return half_field(words, _shift(BITS, FIELD), MASK, ASM)
+    """float16 operand of one plane: subnormals that hold the fields of a byte up to and with this one."""
+    if ASM:
+        TEXT: tl.constexpr = _operand_asm(BITS, FIELD)
+        return tl.inline_asm_elementwise(TEXT, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        MASK: tl.constexpr = (1 << (_place(BITS, FIELD) + 1) * BITS) - 1
+        moved = (words.to(tl.int32) & 0xFFFF) >> (FIELD * BITS // 8 * 8)
+        return (moved & MASK).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -132,6 +155,9 @@ def _pages(
     FIELDS: tl.constexpr = 16 // BITS
     RUN: tl.constexpr = PAGE // FIELDS
     MIDDLE: tl.constexpr = ((1 << BITS) - 1) / 2
+    CUT: tl.constexpr = (
+        BITS == 2 and not KEY_OFFSETS
+    )  # the last page in a branch: elsewhere a mask in the sum is faster
     run = tl.arange(0, RUN)
     channel = tl.arange(0, D)
     query_sum = tl.sum(operand.to(tl.float32), 0)
@@ -158,18 +184,25 @@ def _pages(
         keys += RUN * D
         left = count - page * PAGE
         scores = ()
+        lower = tl.zeros((RUN, COLUMNS), tl.float32)
         for field in tl.static_range(FIELDS):
             if KEY_OFFSETS:
                 start = tl.zeros((RUN, COLUMNS), tl.float32)
             else:
-                start = tl.broadcast_to((query_sum * (-MIDDLE * _unit(BITS, field)))[None, :], (RUN, COLUMNS))
+                start = tl.broadcast_to((query_sum * (-MIDDLE * _sum_of(BITS, field)))[None, :], (RUN, COLUMNS))
             product = tl.dot(_plane(words, field, BITS, ASM), operand, start, out_dtype=tl.float32)
-            score = product * (key_scale[field].to(tl.float32) * (1 / _unit(BITS, field)))[:, None]
-            if KEY_OFFSETS:
+            score = product if _place(BITS, field) == 0 else product - lower
+            lower = product
+            unit = (key_scale[field].to(tl.float32) * (1 / _scale_of(BITS, field)))[:, None]
+            if CUT:
+                score *= unit
+            else:
                 level = tl.where(run + field * RUN < left, 0.0, LOW)[:, None]
-                score += level + key_level[field].to(tl.float32)[:, None] * query_sum[None, :]
+                if KEY_OFFSETS:
+                    level = level + key_level[field].to(tl.float32)[:, None] * query_sum[None, :]
+                score = score * unit + level
             scores = scores + (score,)  # noqa: RUF005
-        if not KEY_OFFSETS and left < PAGE:  # where there is nothing to add, the last page has a branch of its own
+        if CUT and left < PAGE:
             scores = _cut(scores, left, FIELDS, RUN)
         peak = tl.full((RUN, COLUMNS), LOW, tl.float32)
         for field in tl.static_range(FIELDS):
@@ -185,17 +218,20 @@ def _pages(
             middle *= decay[None, :]
         words = tl.load(values, eviction_policy="evict_first")
         values += RUN * D
-        for field in tl.static_range(FIELDS):
+        upper = tl.zeros((RUN, COLUMNS), tl.float32)
+        for field in tl.static_range(FIELDS - 1, -1, -1):
             weight = tl.exp2(scores[field] - new[None, :])
             total += weight
-            unit = value_scale[field].to(tl.float32) * (2**-18 / _unit(BITS, field))  # all planes come out times 2**-18
-            scaled = (weight * unit[:, None]).to(tl.float16)
+            unit = value_scale[field].to(tl.float32) * (2**-18 / _scale_of(BITS, field))  # all come out times 2**-18
+            own = weight * unit[:, None]
+            scaled = (own if _is_last(BITS, field) else own - upper).to(tl.float16)
+            upper = own
             output = tl.dot(_plane(words, field, BITS, ASM), scaled, output, out_dtype=tl.float32)
             if VALUE_OFFSETS:
                 offset += weight * value_level[field].to(tl.float32)[:, None]
             else:
-                ones = tl.full((16, RUN), _unit(BITS, field) * 2**24, tl.float16)
-                middle = tl.dot(ones, scaled, middle, out_dtype=tl.float32)
+                sums = tl.full((16, RUN), _sum_of(BITS, field) * 2**24, tl.float16)
+                middle = tl.dot(sums, scaled, middle, out_dtype=tl.float32)
     shift = tl.sum(offset, 0) if VALUE_OFFSETS else tl.max(middle, 0) * (-MIDDLE / 64)  # of 16 equal rows
     return output * 262144.0 + shift[None, :], top, tl.sum(total, 0)
 
@@ -337,7 +373,7 @@ def decode_kernel(
         if MEAN:
             shift = tl.sum(operand * tl.load(mean + head * D + channel).to(tl.float32)[:, None], 0) * scaling
         if ROTATE_KEYS:
-            operand = rotate_columns(operand, D, True)
+            operand = rotate_columns(operand, D, D == 128)
         local = slot - float_splits
         for index in tl.static_range(len(BITS)):
             if (local >= 0) & (local < (numbers[index][2] >> 1)):

@@ -69,11 +69,13 @@ class DecodeConfig:
 
     splits: of each segment.
     stages: of the pipeline through which words come.
+    registers: of a thread, at most; None: as the compiler likes.
     """
 
     splits: tuple[int, ...]
     warps: int
     stages: int = 3
+    registers: int | None = None
 
 
 def supports(query: Tensor, specs: Sequence[PageSpec], dtype: torch.dtype) -> bool:
@@ -101,10 +103,14 @@ def choose_config(pages: Sequence[Pages]) -> DecodeConfig:
     warps = 1 if min(widths) == 2 else 2
     total = sum(each.count for each in pages)
     room = max(1, min(MAX_SPLITS, 132 * _WARPS[max(widths)] // warps // pages[0].spec.heads))
-    n = total if total <= room else max(1, room - 3)  # long splits: beside the programs of the tokens in 16 bits
+    n = total if total <= room else max(1, room - 1 - 2 * warps)  # beside the programs of the tokens in 16 bits
     splits = tuple(max(1, each.count * n // total) for each in pages)
     short = -(-total // n) <= 2
-    return DecodeConfig(splits=splits, warps=warps, stages=2 if short or len(set(widths)) > 1 else 3)
+    # left alone, the compiler stops at 168 registers where there are offsets: slower than what it needs by a tenth
+    registers = 240 if warps == 1 and pages[0].spec.keys.offsets else None
+    return DecodeConfig(
+        splits=splits, warps=warps, stages=2 if short or len(set(widths)) > 1 else 3, registers=registers
+    )
 
 
 Launch = tuple[str, tuple[int, int, int], dict[str, Any]]  # the kernel's name, grid, arguments, all but `ON_DEVICE`
@@ -203,6 +209,8 @@ def decode_launches(step: Step, scaling: float, cache: PackedCache, config: Deco
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
+    if config.registers is not None:
+        first["maxnreg"] = config.registers
     slots = 1 << (n_slots - 1).bit_length()
     chunk = max(16, min(d, _MERGE_TILE // slots))
     merge = common | {"result": step.result, "lse": step.lse, "SLOTS": slots, "CHUNK": chunk}

@@ -43,7 +43,8 @@ def rotate_columns(x, D: tl.constexpr, OPERAND: tl.constexpr = False):
 
     OPERAND: the result is an operand of products in a loop. The columns of the last product then come to lie in the
     registers of a thread, from where shuffles cannot make an operand: it goes through shared memory, once, and is read
-    from there. An operand that shuffles can make would be shuffled anew on every turn of the loop.
+    from there. An operand that shuffles can make would be shuffled anew on every turn of the loop. For D = 128 only:
+    for 64 Triton 3.6 makes wrong code of this order (the tests on a GPU see it).
     """
     COLUMNS: tl.constexpr = x.shape[1]
     REST: tl.constexpr = D // 16

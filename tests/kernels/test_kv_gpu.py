@@ -41,6 +41,15 @@ def test_against_attention_on_decoded_tokens(spec, group, head_dim):
 
 
 @pytest.mark.parametrize("spec", ["akvq-vl", "int4"])
+def test_heads_of_256_channels(spec):
+    case = filled(spec, n=1000, heads=2, group=4, head_dim=256, device="cuda")
+    part = run(case)
+    output, lse = reference(case)
+    assert torch.allclose(part.lse.double(), lse, atol=8e-3)
+    assert float((part.output - output).norm() / output.norm()) <= 3e-3
+
+
+@pytest.mark.parametrize("spec", ["akvq-vl", "int4"])
 @pytest.mark.parametrize("warps", [1, 2, 4])
 @pytest.mark.parametrize("splits", [1, 7, 64])
 def test_any_launch_shape(spec, warps, splits):
