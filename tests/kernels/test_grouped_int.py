@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.errors import RequestError
 from quantkit.formats.grouped_int import pack
-from quantkit.kernels.grouped_int import matmul, matmul_reference
+from quantkit.kernels.grouped_int import matmul
+from quantkit.kernels.grouped_int_twin import matmul_reference
 from quantkit.kernels.planar import to_planar
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,8 +53,8 @@ def test_mixed_widths_in_any_order(seed, out_features, group_size, bits, symmetr
 @pytest.mark.parametrize(("symmetric", "bits"), [(True, (2, 2, 2)), (False, (3, 1, 4, 6))])
 def test_many_rows_of_bfloat16_meet_the_weight_in_bfloat16(symmetric, bits, monkeypatch):
     """As in a dense model: each weight is rounded once, sums are float32; tiles of rows do not matter."""
-    monkeypatch.setattr("quantkit.kernels.grouped_int._TILE_BYTES", 4 * 32 * len(bits) * 7)
-    monkeypatch.setattr("quantkit.kernels.grouped_int._TILE_BYTES_WIDE", 2 * 32 * len(bits) * 20)
+    monkeypatch.setattr("quantkit.kernels.grouped_int_twin._TILE_BYTES", 4 * 32 * len(bits) * 7)
+    monkeypatch.setattr("quantkit.kernels.grouped_int_twin._TILE_BYTES_WIDE", 2 * 32 * len(bits) * 20)
     weight = random_weight(0, 50, 32, bits, symmetric)
     x = activations(0, 70, weight.spec().in_features, dtype=torch.bfloat16)
     bias = torch.linspace(-1, 1, 50)
@@ -74,7 +75,7 @@ def test_row_tiles_do_not_change_the_result(monkeypatch):
     weight = random_weight(0, 50, 32, (3, 4, 2, 4))
     x = activations(0, 4, 128)
     whole = matmul(x, weight.spec(), pack(weight))
-    monkeypatch.setattr("quantkit.kernels.grouped_int._TILE_BYTES", 4 * 128 * 7)
+    monkeypatch.setattr("quantkit.kernels.grouped_int_twin._TILE_BYTES", 4 * 128 * 7)
     tiled = matmul(x, weight.spec(), pack(weight))
     product, bound = product_and_bound(x, weight)
     assert ((tiled.double() - product).abs() <= bound + rounding(product, torch.float32)).all()
