@@ -23,6 +23,13 @@ from quantkit.formats.grouped_int import GroupedIntSpec, unpack
 from quantkit.kernels.gemv import MAX_GEMV_TOKENS, choose_gemv, gemv, gemv_candidates, subject
 from quantkit.kernels.launch_shapes import Row, Subject, remember
 from quantkit.kernels.planar import to_planar
+from quantkit.kernels.planar_product import (
+    MAX_PRODUCT_TOKENS,
+    choose_product,
+    planar_product,
+    product_candidates,
+    product_subject,
+)
 
 SHAPES = ((4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (28672, 8192), (128256, 4096))
 WIDTHS = (2, 3, 4, 8)  # one bit has a kernel of its own (bit_gemv.py)
@@ -52,6 +59,13 @@ TUNABLES = (
         computed=lambda spec, tokens: choose_gemv(spec),
         candidates=lambda spec, tokens, multiprocessors: gemv_candidates(spec, multiprocessors),
         run=lambda x, spec, tensors, config: gemv(x, spec, tensors, None, config=config),
+    ),
+    Tunable(
+        most_tokens=MAX_PRODUCT_TOKENS,
+        subject=lambda spec, tokens: product_subject(tokens, spec),
+        computed=lambda spec, tokens: choose_product(tokens, spec),
+        candidates=lambda spec, tokens, multiprocessors: product_candidates(tokens, spec, multiprocessors),
+        run=lambda x, spec, tensors, config: planar_product(x, spec, tensors, None, config=config),
     ),
 )
 

@@ -147,7 +147,7 @@ def _row(entry: dict[str, Any]) -> Row:
     numbers = ("bits", "out_features", "in_features", "tokens")
     subject = Subject(kernel=str(entry["kernel"]), **{name: entry[name] for name in numbers})
     values = [*(entry[name] for name in numbers), *(value for value in entry["shape"].values() if value is not None)]
-    if not all(isinstance(value, int) and value > 0 for value in values):
+    if not all(isinstance(value, bool) or (isinstance(value, int) and value > 0) for value in values):
         raise ValueError(f"a number that is not a positive integer in {json.dumps(entry)}")
     times = {name: float(entry[name]) for name in ("microseconds", "computed_microseconds")}
     return Row(subject=subject, shape=entry["shape"], **times)

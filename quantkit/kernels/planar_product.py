@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.kernels.launch import early_launch
+from quantkit.kernels.launch_shapes import Subject, device_name, measured_config
 from quantkit.kernels.planar import PlanarSegment, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
-_MAX_SPLITS = 16
+MAX_PRODUCT_TOKENS = 128
+_TILES = ((64, 4), (128, 8))  # rows and warps: four warps issue products of 64 rows at once
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+_SHARED_MEMORY = 232448  # bytes that a program of an H100 or H200 may have
 _PREPARING = 256  # programs that prepare x, about
 _FEW_CHAINS = 8  # of a row, for which no more programs are started
 _LONG_ROW = 8192  # columns from which a program that prepares a row of x has twice the warps
@@ -61,14 +66,14 @@ def planar_product(
         tensors: what `planar.to_planar` made of it.
         bias: ``[out]`` or ``[m, out]`` of any float dtype, or None.
         out_dtype: that of x if None.
-        config: `choose_product`'s if None.
+        config: `launch_config`'s if None.
 
     Returns:
         ``[m, out]``. Sums are float32, products are exact but for what of x lies below 2**-28 of its row's largest,
         which is rounded to 2**-38 of it.
     """
     out = torch.empty(len(x), spec.out_features, dtype=out_dtype or x.dtype, device=x.device)
-    config = config or choose_product(len(x), spec)
+    config = config or launch_config(len(x), spec, device_name(x.device))
     prepared, partial = workspace(len(x), spec, config, x.device)
     early = early_launch(x.device)
     kernels = triton_kernels("planar_product_triton")
@@ -82,7 +87,7 @@ def planar_product(
 
 def has_planar_product(x: Tensor, spec: GroupedIntSpec) -> bool:
     """Whether `planar_product` is the choice for ``x`` [m, in], not decoding the weight for the vendor's product."""
-    return len(x) <= (64 if _planes(spec) == 16 else 128) and x.dtype in (torch.float16, torch.bfloat16)
+    return len(x) <= (64 if _planes(spec) == 16 else MAX_PRODUCT_TOKENS) and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def choose_product(n_tokens: int, spec: GroupedIntSpec) -> ProductConfig:
@@ -105,13 +110,64 @@ def choose_product(n_tokens: int, spec: GroupedIntSpec) -> ProductConfig:
     return _shared(ProductConfig(rows=128, warps=8, tokens=64, stages=3), rows, 128)
 
 
+def launch_config(n_tokens: int, spec: GroupedIntSpec, device: str) -> ProductConfig:
+    """The launch shape measured for the weight's class on a device of that name, else `choose_product`'s."""
+    if len(spec.segments) > 1:
+        return choose_product(n_tokens, spec)
+    measured = measured_config(ProductConfig, product_subject(n_tokens, spec), device)
+    return measured if measured is not None and is_possible(measured, spec) else choose_product(n_tokens, spec)
+
+
+def product_subject(n_tokens: int, spec: GroupedIntSpec) -> Subject:
+    """What a measured launch shape of a weight of one width is filed under."""
+    bits, shape = planar_segments(spec)[0].bits, {"out_features": spec.out_features, "in_features": spec.in_features}
+    return Subject(kernel="product", bits=bits, tokens=n_tokens, **shape)
+
+
+def is_possible(config: ProductConfig, spec: GroupedIntSpec) -> bool:
+    """Whether `product_kernel` can run in this shape."""
+    powers = all(number & (number - 1) == 0 for number in (config.rows, config.warps, config.tokens))
+    fits = shared_memory(config, spec) <= _SHARED_MEMORY
+    return powers and config.tokens >= 8 and config.rows >= 16 and padded_rows(spec) % config.rows == 0 and fits
+
+
+def shared_memory(config: ProductConfig, spec: GroupedIntSpec) -> int:
+    """Bytes that the pipeline of a program holds, at most: x of all stages, words of all but one."""
+    held = []
+    for segment in planar_segments(spec):
+        x = segment.planes_per_block * config.tokens * config.stages
+        words = (3 if segment.bits == 3 else 1) * config.rows * (config.stages - 1)
+        held.append(2 * segment.plane_width * (x + words))
+    return max(held)
+
+
+def product_candidates(n_tokens: int, spec: GroupedIntSpec, multiprocessors: int) -> list[ProductConfig]:
+    """Launch shapes worth measuring for a weight of one width.
+
+    Left out is what cannot be the fastest: tiles of far more columns than there are tokens, fewer programs than three
+    quarters of the multiprocessors, rows shared where there are more than six times as many.
+    """
+    widths = {8: (8, 16), 16: (16,), 32: (32,), 64: (32, 64), 128: (32, 64, 128)}
+    tokens = widths[min(max(8, _power_of_two(n_tokens)), 128)]
+    most = max(segment.n_blocks for segment in planar_segments(spec))
+    found = []
+    for (rows, warps), columns, stages, splits in product(_TILES, tokens, (2, 3, 4), _SPLITS):
+        programs = padded_rows(spec) // rows * splits * -(-n_tokens // columns)
+        if splits > most or 4 * programs < 3 * multiprocessors or (splits > 1 and programs > 6 * multiprocessors):
+            continue
+        shape = ProductConfig(rows=rows, warps=warps, tokens=columns, stages=stages, splits=splits)
+        found += [replace(shape, zeros_in_loop=True)] if columns <= 32 else []
+        found += [shape] if columns >= 32 else []
+    return [config for config in found if is_possible(config, spec)]
+
+
 def _planes(spec: GroupedIntSpec) -> int:
     return max(segment.planes_per_block for segment in planar_segments(spec))
 
 
 def _shared(config: ProductConfig, rows: int, programs: int) -> ProductConfig:
     """With as many programs to a row tile as make that number in all."""
-    return replace(config, splits=min(max(1, round(programs * config.rows / rows)), _MAX_SPLITS))
+    return replace(config, splits=min(max(1, round(programs * config.rows / rows)), _SPLITS[-1]))
 
 
 @lru_cache(maxsize=1024)

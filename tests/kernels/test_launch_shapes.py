@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from quantkit.errors import FileError
 from quantkit.formats.grouped_int import GroupedIntSpec
+from quantkit.kernels import planar_product
 from quantkit.kernels.gemv import GemvConfig, choose_gemv, gemv_candidates, is_possible, launch_config
 from quantkit.kernels.launch_shapes import SHIPPED, Row, Subject, cache_folder, measured_config, remember
+from quantkit.kernels.planar_product import ProductConfig, choose_product, product_candidates, product_subject
 
 NAME = "Imaginary Device (3 GB)"
 FILE = "imaginary_device_3_gb.json"
@@ -143,11 +145,15 @@ def test_shipped_shapes_are_used(file):
     content = json.loads(file.read_text())
     keys = set()
     for entry in content["shapes"]:
-        assert entry["kernel"] == "gemv"
         spec = layer(entry["bits"], entry["out_features"], entry["in_features"])
-        assert launch_config(spec, content["device"]) == GemvConfig(**entry["shape"])
+        if entry["kernel"] == "gemv":
+            assert launch_config(spec, content["device"]) == GemvConfig(**entry["shape"])
+        else:
+            assert entry["kernel"] == "product"
+            used = planar_product.launch_config(entry["tokens"], spec, content["device"])
+            assert used == ProductConfig(**entry["shape"])
         assert entry["microseconds"] <= entry["computed_microseconds"]
-        keys.add(Subject(kernel="gemv", **{name: entry[name] for name in list(entry)[1:5]}).key())
+        keys.add(Subject(**{name: entry[name] for name in list(entry)[:5]}).key())
     assert len(keys) == len(content["shapes"])  # no row hides another
 
 
@@ -163,3 +169,41 @@ def test_candidates_are_few_and_possible(bits, rows, columns):
     if rows >= 4096:
         computed = choose_gemv(spec)
         assert (computed.warps, computed.rows) in {(config.warps, config.rows) for config in found}
+
+
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (64, 256), (192, 256)]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_computed_shapes_of_few_rows_are_possible(bits, rows, columns):
+    for mixed in (False, True):
+        spec = layer(bits, rows, columns)
+        if mixed:
+            spec = replace(spec, segments=tuple(sorted([(bits, columns // 128 - 1), (5 - bits if bits < 5 else 2, 1)])))
+        for n_tokens in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 1000):
+            config = choose_product(n_tokens, spec)
+            assert planar_product.is_possible(config, spec)
+            assert config.tokens >= min(n_tokens, 32)
+
+
+@pytest.mark.parametrize("n_tokens", [3, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_candidates_for_few_rows_are_few_and_possible(bits, n_tokens):
+    for rows, columns in SHAPES[:4]:
+        found = product_candidates(n_tokens, layer(bits, rows, columns), 132)
+        assert 0 < len(set(found)) == len(found) <= 120
+        assert all(planar_product.is_possible(config, layer(bits, rows, columns)) for config in found)
+
+
+def test_few_rows_take_their_measured_shape_where_it_is_possible():
+    spec = layer(2, 14336, 4096)
+    shape = {"rows": 64, "warps": 4, "tokens": 16, "stages": 2, "splits": 3, "zeros_in_loop": False}
+    times = {"microseconds": 1.0, "computed_microseconds": 1.0}
+    remember([Row(subject=product_subject(12, spec), shape=shape, **times)], NAME)
+    for n_tokens in (9, 12, 16):
+        assert planar_product.launch_config(n_tokens, spec, NAME) == ProductConfig(**shape)
+    assert planar_product.launch_config(17, spec, NAME) == choose_product(17, spec)
+    assert planar_product.launch_config(12, layer(4, 14336, 4096), NAME) == choose_product(12, layer(4, 14336, 4096))
+    remember([Row(subject=product_subject(12, spec), shape=shape | {"tokens": 1024}, **times)], NAME)
+    assert planar_product.launch_config(12, spec, NAME) == choose_product(12, spec)  # no program has that much memory
