@@ -94,12 +94,15 @@ def dequantize_kernel(
     BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, ORDERED: tl.constexpr,
     ROWS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """out [n_rows, n_columns]: rows first_row .. of one segment's columns, original order. Grid (row tiles, blocks)."""
+    """out [n_rows, n_columns]: rows first_row .. of one segment's columns, original order. Grid (blocks, row tiles).
+
+    Programs next to each other write next to each other.
+    """
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     PARTS: tl.constexpr = 3 if BITS == 3 else 1
     RATIO: tl.constexpr = GROUP // WIDTH
-    local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    block = tl.program_id(1)
+    local = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(0)
     inner = tl.arange(0, WIDTH)
     inside = local < n_rows
     rows = tl.minimum(local, n_rows - 1) + first_row

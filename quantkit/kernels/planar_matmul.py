@@ -66,7 +66,7 @@ def dequantize_launches(
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
     """Grid and arguments, all but ASM, of one `dequantize_kernel` per segment; rows from ``first`` on fill ``out``."""
     for segment in planar_segments(spec):
-        grid = (-(-out.shape[0] // _DEQUANTIZE_ROWS), segment.n_blocks)
+        grid = (segment.n_blocks, -(-out.shape[0] // _DEQUANTIZE_ROWS))
         yield (
             grid,
             {
