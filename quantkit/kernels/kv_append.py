@@ -80,12 +80,32 @@ def append_launch(
     }
 
 
-def append(which: str, tokens: Tensor, start: int, tensors: dict[str, Tensor], spec: PageSpec, **options: Any) -> None:
-    """Code tokens into pages on a GPU; arguments as `append_launch`."""
-    kernel = import_module("quantkit.kernels.kv_append_triton").append_kernel
-    head_dim = tokens.shape[2]
-    if tokens.stride()[1:] != (head_dim, 1):
-        tokens = tokens.contiguous()
-    grid, arguments = append_launch(which, tokens, start, tensors, spec, **options)
-    with torch.cuda.device(tokens.device):
-        kernel[grid](**arguments)
+class Appender:
+    """Codes tokens into pages on a GPU. What Triton compiled is kept: binding arguments anew takes it longer than the
+    device needs for a launch."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def append(
+        self, which: str, tokens: Tensor, start: int, tensors: dict[str, Tensor], spec: PageSpec, **options: Any
+    ) -> None:
+        """Arguments as `append_launch`."""
+        kernel = import_module("quantkit.kernels.kv_append_triton").append_kernel
+        head_dim = tokens.shape[2]
+        if tokens.stride()[1:] != (head_dim, 1):
+            tokens = tokens.contiguous()
+        grid, arguments = append_launch(which, tokens, start, tensors, spec, **options)
+        aligned = tokens.data_ptr() % 16 == 0 and tokens.stride(0) % 16 == 0  # what is compiled may rely on it
+        kind = (which, spec, aligned, tokens.device, *_flags(options))
+        with torch.cuda.device(tokens.device):
+            compiled = self._compiled.get(kind)
+            if compiled is None:
+                self._compiled[kind] = kernel[grid](**arguments)
+            else:
+                compiled[(*grid, 1)](*(arguments[name] for name in kernel.arg_names))
+
+
+def _flags(options: dict[str, Any]) -> tuple[bool, ...]:
+    """Which parts of the transform there are."""
+    return options["rotate"], options["mean"] is not None, options["channel_scales"] is not None

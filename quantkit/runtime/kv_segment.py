@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit.algorithms.kv.coding import Coded, encode
 from quantkit.algorithms.kv.policy import Transform
 from quantkit.formats.kv_page import PAGE, GridSpec, PageSpec, dequantize, pack_keys, pack_values, scale_places
-from quantkit.kernels.kv_append import append, supports_append
+from quantkit.kernels.kv_append import Appender, supports_append
 from quantkit.kernels.kv_attention import Part, attend, attend_pages
 
 FLOAT_STEP = 32  # tokens by which a segment in 16 bits grows
@@ -64,6 +64,7 @@ class PackedSegment:
     clip: float
     tensors: dict[str, Tensor]
     positions: list[int] = field(default_factory=list)  # by slot, ascending; on the host
+    appender: Appender = field(default_factory=Appender)
 
     @classmethod
     def empty(cls, spec: PageSpec, clip: float, device: torch.device) -> PackedSegment:
@@ -93,12 +94,12 @@ class PackedSegment:
         self._reserve(-(-self.count // PAGE))
         if supports_append(keys, spec.keys):
             options = {"rotate": transform.rotate_keys, "mean": transform.key_mean, "channel_scales": None}
-            append("key", keys, start, self.tensors, spec, clip=self.clip, **options)
+            self.appender.append("key", keys, start, self.tensors, spec, clip=self.clip, **options)
         else:
             self._write("key", spec.keys, encode(transform.keys(keys), spec.bits, spec.keys, self.clip), start)
         if supports_append(values, spec.values):
             options = {"rotate": transform.rotate_values, "mean": None, "channel_scales": transform.value_scale}
-            append("value", values, start, self.tensors, spec, clip=self.clip, **options)
+            self.appender.append("value", values, start, self.tensors, spec, clip=self.clip, **options)
         else:
             self._write(
                 "value", spec.values, encode(transform.values(values), spec.bits, spec.values, self.clip), start
