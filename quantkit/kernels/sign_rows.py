@@ -69,6 +69,7 @@ class SignRowsConfig:
     tiles: int
     warps: int
     lanes: int = 32
+    max_registers: int | None = None
 
 
 @cache
@@ -94,10 +95,15 @@ def _span(starts: Sequence[int], n_rows: int) -> int | None:
 
 
 def choose_sign_rows(parts: SignParts) -> SignRowsConfig:
-    """The launch shape: a warp for each block of columns, fewer where integers are divided among warps."""
-    warps = min(8 if parts.integers else 16, max(2, 1 << (parts.blocks - 1).bit_length()))
-    wide = parts.integers is not None and (warps > 4 or parts.signs.out_features < _MANY_ROWS)
-    return SignRowsConfig(tiles=2 if wide else 1, warps=warps)
+    """The launch shape for weights, as measured on an H200 (docs/log.md)."""
+    blocks = 1 << (parts.blocks - 1).bit_length()
+    if parts.integers is None:  # a warp for each block of columns
+        return SignRowsConfig(tiles=1, warps=min(16, max(2, blocks)))
+    if blocks > 8:
+        return SignRowsConfig(tiles=1, warps=8, lanes=64)
+    if blocks > 4 or parts.signs.out_features < _MANY_ROWS:
+        return SignRowsConfig(tiles=2 if blocks > 4 else 1, warps=4)
+    return SignRowsConfig(tiles=2, warps=4, max_registers=128)  # four programs for each multiprocessor
 
 
 def row_table(parts: SignParts, columns: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -315,6 +321,7 @@ def rows_launch(
         "LANES": config.lanes,
         "WARPS": config.warps,
         "num_warps": config.warps,
+        "maxnreg": config.max_registers,
         "enable_fp_fusion": True,
     }
     return (-(-n_rows // (16 * config.tiles)),), arguments

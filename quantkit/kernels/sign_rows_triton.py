@@ -357,6 +357,15 @@ def sign_rows_kernel(
             words, scales, zeros, own_row, stride16, stride4, lane, lane < n_threads, BITS, WIDTH, GROUP, ZERO, OWN
         )
     rows = first_row + tl.arange(0, ROWS)
+    factor = ()
+    for path in tl.static_range(PATHS):
+        factor = factor + (tl.load(sign_scales + path * scale_stride + rows, mask=rows < n_rows, other=0.0),)
+    means = tl.zeros((ROWS,), tl.float32)
+    if HAS_MEANS:
+        means = tl.load(sign_means + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    if HAS_BIAS:
+        total = tl.load(bias + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
     if PDL:  # weights are on their way; what is made ready may not be there yet
         gdc_wait()
     if BITS > 0:
@@ -380,7 +389,6 @@ def sign_rows_kernel(
                 sums, now_codes, now_factors, now_offsets, slices, units, units + n_threads, n_threads, here, BITS,
                 ZERO, OWN, ASM,
             )  # fmt: skip
-    total = tl.zeros((ROWS,), tl.float32)
     for path in tl.static_range(PATHS):
         if path > 0 and not ONCE:
             loaded = _load_signs(signs, row, n_words, block, q, 2 * TILES)
@@ -391,15 +399,11 @@ def sign_rows_kernel(
         places = tl.arange(0, BLOCKS)
         sums_of_blocks = tl.load(numbers + path * n_numbers + n_blocks + places, mask=places < n_blocks, other=0.0)
         whole = tl.sum(sums_of_blocks, 0)
-        scale = tl.load(sign_scales + path * scale_stride + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
         counted = tl.reshape(_stacked(shares, 2 * TILES), (WARPS, 8, 4, 2 * TILES))
         # of signs: twice what their bits give, without all
-        total += (2 * tl.reshape(tl.sum(tl.sum(counted, 2), 0), (ROWS,)) - whole) * scale
-        if HAS_MEANS:
-            total += whole * tl.load(sign_means + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
+        total += (2 * tl.reshape(tl.sum(tl.sum(counted, 2), 0), (ROWS,)) - whole) * factor[path].to(tl.float32)
+        total += whole * means
     if BITS > 0:
         added = tl.sum(tl.reshape(_stacked(sums, OWN), (THREADS // LANES, LANES, OWN)), 1)
         total += tl.reshape(added, (ROWS,))
-    if HAS_BIAS:
-        total += tl.load(bias + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
     tl.store(y + rows, total.to(y.dtype.element_ty), mask=rows < n_rows)

@@ -201,8 +201,9 @@ class SalientStack(SignStack):
         signed, salient = self._split(copies)
         out: Tensor = self.signs(signed, self.bias)
         if self.row_means is not None:
-            sums = signed.sum(1, dtype=torch.float32).repeat_interleave(torch.tensor(self.sizes, device=signed.device))
-            out = (out + self.row_means * sums).to(signed.dtype)
+            sums = signed.sum(1, dtype=torch.float32)
+            shares = [sums[part].expand(size) for part, size in enumerate(self.sizes)]
+            out = (out + self.row_means * torch.cat(shares)).to(signed.dtype)
         return out if self.integers is None else cast(Tensor, self.integers(salient, out[0]))
 
     def several(self, padded: Tensor, sibling: int) -> Tensor:

@@ -63,10 +63,10 @@ def test_signs_beside_integers(compile_for_sm90, out_features, in_features):
     signs = {"words": held["planar"], "scales": held["planar_scales"][0], "means": held["planar_scales"][0]}
     grid, arguments = rows_launch(*ready, parts, signs, planar_zeros(spec.salient), None, out, (), config)
     _, sass, resources = compile_for_sm90(sign_rows_kernel, grid, arguments, ASM=True, **EARLY)
-    assert resources["STACK"] == 0
+    assert resources["STACK"] <= (16 if config.max_registers else 0)  # bytes; more programs are worth a spill
     assert "BMMA.168256.AND.POPC" in sass
     assert "IDP.4A" in sass
-    integer_rows = 16 * config.tiles // config.warps
+    integer_rows = 16 * config.tiles * config.lanes // (32 * config.warps)
     asked = len(re.findall(r"LDG\.E\.EF\.128", sass.split("ACQBULK")[0]))
     assert asked == 4 * config.tiles + integer_rows
 
