@@ -1,13 +1,13 @@
 """Triton kernels of attention over packed pages. Imported on first use: `import quantkit` does not need Triton.
 
 Split-KV flash decoding for one sequence. Program (split, KV head) takes a range of pages; the query heads of a group
-are the columns of the tensor-core products, whose first operand are bytes of packed words, cut off above a field: an
-integer below 256 as float16 is the subnormal integer * 2**-24, and so at most one AND away from the words:
+are the columns of the tensor-core products, whose first operand are bytes of packed words, cut off above a field
+(kv_planes_triton.py):
 
     T_e [run, columns]  = byte(K) up to field e [run, D] Q [D, columns]     scores of plane e: (T_e - T_(e-1)) / 2^place
-    O   [D, columns]   += byte(V) up to field e [D, run] (P_e - P_(e+1))     P_e: probabilities / 2^place of plane e
+    O   [D, columns]   += byte(V) up to field e [D, run] (P_e - P_(e+1))    P_e: probabilities / 2^place of plane e
 
-Fields of their own would take an AND more for each byte. The same tokens meet in both products: nothing is shuffled.
+The same tokens meet in both products: nothing is shuffled.
 Scales multiply scores and probabilities, not codes; offsets are a rank-1 term. The key rotation is done to the query,
 and the value rotation undone to what a split found, in registers. Tokens in 16 bits are splits of their own, and one
 of these may also take in the newest token. `merge_kernel` reads all splits at once: a loop over them would cost one
@@ -27,57 +27,19 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quantkit.kernels.kv_planes_triton import (
+    is_last,
+    load_scales,
+    place,
+    plane_operand,
+    scales_of_planes,
+    step_of,
+    sum_of_steps,
+)
 from quantkit.kernels.kv_rotation_triton import rotate_columns
 
 PAGE = tl.constexpr(128)
 LOW = tl.constexpr(-1e30)  # stands for minus infinity, whose differences are not numbers
-
-
-@triton.constexpr_function
-def _place(bits, field):
-    """Of a field among those of its byte."""
-    return field % (8 // bits)
-
-
-@triton.constexpr_function
-def _scale_of(bits, field):
-    """What one step of the field's code adds to an operand that holds it."""
-    return 2.0 ** (_place(bits, field) * bits - 24)
-
-
-@triton.constexpr_function
-def _sum_of(bits, field):
-    """The sum of `_scale_of` over the fields that the field's operand holds."""
-    return sum(2.0 ** (place * bits) for place in range(_place(bits, field) + 1)) * 2.0**-24
-
-
-@triton.constexpr_function
-def _is_last(bits, field):
-    return _place(bits, field) == 8 // bits - 1
-
-
-@triton.constexpr_function
-def _operand_asm(bits, field):
-    """PTX for a pair of words: the byte of the field, up to and with the field."""
-    mask = (1 << (_place(bits, field) + 1) * bits) - 1
-    pair = f"0x{mask << 16 | mask:08x}"
-    if field < 8 // bits:
-        return f"and.b32 $0,$1,{pair};"
-    if _is_last(bits, field):
-        return "prmt.b32 $0,$1,0,0x4341;"
-    return f"{{.reg .b32 t; prmt.b32 t,$1,0,0x4341; and.b32 $0,t,{pair};}}"
-
-
-@triton.jit
-def _plane(words, FIELD: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """float16 operand of one plane: subnormals that hold the fields of a byte up to and with this one."""
-    if ASM:
-        TEXT: tl.constexpr = _operand_asm(BITS, FIELD)
-        return tl.inline_asm_elementwise(TEXT, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
-    else:
-        MASK: tl.constexpr = (1 << (_place(BITS, FIELD) + 1) * BITS) - 1
-        moved = (words.to(tl.int32) & 0xFFFF) >> (FIELD * BITS // 8 * 8)
-        return (moved & MASK).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -93,41 +55,6 @@ def _prefetch(pointer, nbytes, ASM: tl.constexpr):
             is_pure=False,
             pack=1,
         )
-
-
-@triton.constexpr_function
-def _packed(fields):
-    """Scales that are loaded as one integer: those of the tokens of a word, up to 8 bytes."""
-    return min(fields, 4)
-
-
-@triton.jit
-def _load_scales(pointer, FIELDS: tl.constexpr, RUN: tl.constexpr):
-    """What a page has for each token, as a tuple of integers [RUN]; pointer: at the page."""
-    PARTS: tl.constexpr = FIELDS // _packed(FIELDS)
-    INTEGER: tl.constexpr = tl.int64 if _packed(FIELDS) == 4 else tl.int32
-    first = pointer.to(tl.pointer_type(INTEGER)) + tl.arange(0, RUN) * PARTS
-    held = ()
-    for part in tl.static_range(PARTS):
-        held = held + (tl.load(first + part),)  # noqa: RUF005 - Triton knows no unpacking
-    return held
-
-
-@triton.jit
-def _planes(held, FIELDS: tl.constexpr, ASM: tl.constexpr):
-    """float16 [RUN] of each plane."""
-    planes = ()
-    for part in tl.static_range(FIELDS // _packed(FIELDS)):
-        if ASM and FIELDS >= 4:
-            planes = planes + tl.inline_asm_elementwise(
-                "mov.b64 {$0,$1,$2,$3}, $4;", "=h,=h,=h,=h,l", [held[part]],
-                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            for place in tl.static_range(_packed(FIELDS)):
-                plane = (held[part] >> (16 * place)).to(tl.int16).to(tl.float16, bitcast=True)
-                planes = planes + (plane,)  # noqa: RUF005
-    return planes
 
 
 @triton.jit
@@ -168,18 +95,18 @@ def _pages(
     output = tl.zeros((D, COLUMNS), tl.float32)
     keys = key_words + first.to(tl.int64) * (RUN * D) + run[:, None] * D + channel[None, :]
     values = value_words + first.to(tl.int64) * (RUN * D) + channel[:, None] * RUN + run[None, :]
-    next_key_scale = _load_scales(key_scales + first * PAGE, FIELDS, RUN)
-    next_value_scale = _load_scales(value_scales + first * PAGE, FIELDS, RUN)
+    next_key_scale = load_scales(key_scales + first * PAGE, FIELDS, RUN)
+    next_value_scale = load_scales(value_scales + first * PAGE, FIELDS, RUN)
     for page in range(first, last):
-        key_scale = _planes(next_key_scale, FIELDS, ASM)
-        value_scale = _planes(next_value_scale, FIELDS, ASM)
+        key_scale = scales_of_planes(next_key_scale, FIELDS, ASM)
+        value_scale = scales_of_planes(next_value_scale, FIELDS, ASM)
         following = tl.minimum(page + 1, last - 1) * PAGE
-        next_key_scale = _load_scales(key_scales + following, FIELDS, RUN)
-        next_value_scale = _load_scales(value_scales + following, FIELDS, RUN)
+        next_key_scale = load_scales(key_scales + following, FIELDS, RUN)
+        next_value_scale = load_scales(value_scales + following, FIELDS, RUN)
         if KEY_OFFSETS:
-            key_level = _planes(_load_scales(key_offsets + page * PAGE, FIELDS, RUN), FIELDS, ASM)
+            key_level = scales_of_planes(load_scales(key_offsets + page * PAGE, FIELDS, RUN), FIELDS, ASM)
         if VALUE_OFFSETS:
-            value_level = _planes(_load_scales(value_offsets + page * PAGE, FIELDS, RUN), FIELDS, ASM)
+            value_level = scales_of_planes(load_scales(value_offsets + page * PAGE, FIELDS, RUN), FIELDS, ASM)
         words = tl.load(keys, eviction_policy="evict_first")
         keys += RUN * D
         left = count - page * PAGE
@@ -189,11 +116,11 @@ def _pages(
             if KEY_OFFSETS:
                 start = tl.zeros((RUN, COLUMNS), tl.float32)
             else:
-                start = tl.broadcast_to((query_sum * (-MIDDLE * _sum_of(BITS, field)))[None, :], (RUN, COLUMNS))
-            product = tl.dot(_plane(words, field, BITS, ASM), operand, start, out_dtype=tl.float32)
-            score = product if _place(BITS, field) == 0 else product - lower
+                start = tl.broadcast_to((query_sum * (-MIDDLE * sum_of_steps(BITS, field)))[None, :], (RUN, COLUMNS))
+            product = tl.dot(plane_operand(words, field, BITS, ASM), operand, start, out_dtype=tl.float32)
+            score = product if place(BITS, field) == 0 else product - lower
             lower = product
-            unit = (key_scale[field].to(tl.float32) * (1 / _scale_of(BITS, field)))[:, None]
+            unit = (key_scale[field].to(tl.float32) * (1 / step_of(BITS, field)))[:, None]
             if CUT:
                 score *= unit
             else:
@@ -222,15 +149,15 @@ def _pages(
         for field in tl.static_range(FIELDS - 1, -1, -1):
             weight = tl.exp2(scores[field] - new[None, :])
             total += weight
-            unit = value_scale[field].to(tl.float32) * (2**-18 / _scale_of(BITS, field))  # all come out times 2**-18
+            unit = value_scale[field].to(tl.float32) * (2**-18 / step_of(BITS, field))  # all come out times 2**-18
             own = weight * unit[:, None]
-            scaled = (own if _is_last(BITS, field) else own - upper).to(tl.float16)
+            scaled = (own if is_last(BITS, field) else own - upper).to(tl.float16)
             upper = own
-            output = tl.dot(_plane(words, field, BITS, ASM), scaled, output, out_dtype=tl.float32)
+            output = tl.dot(plane_operand(words, field, BITS, ASM), scaled, output, out_dtype=tl.float32)
             if VALUE_OFFSETS:
                 offset += weight * value_level[field].to(tl.float32)[:, None]
             else:
-                sums = tl.full((16, RUN), _sum_of(BITS, field) * 2**24, tl.float16)
+                sums = tl.full((16, RUN), sum_of_steps(BITS, field) * 2**24, tl.float16)
                 middle = tl.dot(sums, scaled, middle, out_dtype=tl.float32)
     shift = tl.sum(offset, 0) if VALUE_OFFSETS else tl.max(middle, 0) * (-MIDDLE / 64)  # of 16 equal rows
     return output * 262144.0 + shift[None, :], top, tl.sum(total, 0)
