@@ -108,8 +108,8 @@ def slice_error(x: Tensor, weight: GroupedInt) -> Tensor:
 def integer_error(x: Tensor, weight: GroupedInt) -> Tensor:
     """Bound on what is lost of ``x`` [m, in] where bit products take it in 16 bits (bit_gemv_triton.py).
 
-    The unit is the largest magnitude of the columns whose bits a lane has, or, with one scale for all columns of a
-    block, of the block, over 32512. Half a unit is lost in rounding (a little more: the quotient is rounded too).
+    The unit is the largest magnitude of 128 columns that lanes exchange, or, with one scale for all columns of a warp,
+    of these 1024, over 32512. Half a unit is lost in rounding (a little more: the quotient is rounded too).
     """
     neighbours = 1024 if has_one_scale(weight.spec()) else 128
     padded = pad(x.double().abs(), (0, -x.shape[1] % neighbours)).unflatten(1, (-1, neighbours))

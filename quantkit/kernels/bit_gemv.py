@@ -11,11 +11,11 @@ from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.kernels.launch import early_launch
-from quantkit.kernels.planar import padded_rows, planar_segments
+from quantkit.kernels.planar import PlanarSegment, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
-_PLANE_WIDTH = 64  # 128 columns lie at one bit position of the words
-_BLOCK_COLUMNS = 16 * _PLANE_WIDTH
+_GROUP_COLUMNS = 128  # that a lane is at home in; a group is so many, or several times that
+_WARP_COLUMNS = 1024
 _MAX_WARPS = 16
 
 
@@ -35,31 +35,37 @@ def has_bit_products(device: torch.device) -> bool:
 
 
 def is_bit_weight(spec: GroupedIntSpec) -> bool:
-    """Whether the kernel takes the weight: one bit, no longer rows than a program has warps for, and each group has
-    all of the 128 columns that lie at one bit position of a block's words."""
-    if spec.group_size % (2 * _PLANE_WIDTH):
+    """Whether the kernel takes the weight: one bit, groups of 128 columns or a multiple of that, rows no longer than a
+    program has warps for."""
+    if spec.group_size % _GROUP_COLUMNS:
         return False
     segment = planar_segments(spec)[0]
-    one_bit = segment.bits == 1 and segment.n_groups == spec.n_groups
-    return one_bit and segment.plane_width == _PLANE_WIDTH and segment.n_blocks <= _MAX_WARPS
+    return segment.bits == 1 and segment.n_groups == spec.n_groups and _row_warps(segment) <= _MAX_WARPS
 
 
 def has_one_scale(spec: GroupedIntSpec) -> bool:
-    """Whether all columns of a block belong to one group."""
-    return spec.n_groups == 1 or spec.group_size % _BLOCK_COLUMNS == 0
+    """Whether all columns that a warp takes belong to one group."""
+    whole = spec.n_groups == 1 or spec.group_size % _WARP_COLUMNS == 0
+    return whole and 16 * planar_segments(spec)[0].plane_width == _WARP_COLUMNS
+
+
+def _row_warps(segment: PlanarSegment) -> int:
+    return -(-segment.n_blocks * segment.planes_per_block * segment.plane_width // _WARP_COLUMNS)
 
 
 def choose_bit_gemv(spec: GroupedIntSpec, multiprocessors: int) -> BitGemvConfig:
     """The launch shape for a weight (measured on an H200, docs/log.md)."""
-    blocks, tiles = planar_segments(spec)[0].n_blocks, -(-spec.out_features // 32)
-    if blocks > 8 or (not has_one_scale(spec) and tiles > 2 * multiprocessors):
-        return BitGemvConfig(rows=32)
+    warps, tiles = _row_warps(planar_segments(spec)[0]), -(-spec.out_features // 32)
     programs = 2 * multiprocessors
-    if not has_one_scale(spec):
-        return BitGemvConfig(rows=16, programs=programs if blocks <= 4 else multiprocessors)
-    if blocks > 4:
-        return BitGemvConfig(rows=16, programs=programs, ahead=2)
-    return BitGemvConfig(rows=32, programs=programs, ahead=2 if tiles > programs else 1)
+    if warps > 8:
+        return BitGemvConfig(rows=32)
+    if has_one_scale(spec):
+        if warps > 4:
+            return BitGemvConfig(rows=16, programs=programs, ahead=2)
+        return BitGemvConfig(rows=32, programs=programs, ahead=2 if tiles > programs else 1)
+    if warps > 4:
+        return BitGemvConfig(rows=32, programs=multiprocessors)
+    return BitGemvConfig(rows=32 if tiles > multiprocessors else 16, programs=programs)
 
 
 def bit_gemv(
@@ -109,7 +115,7 @@ def bit_gemv_launch(
         copy_rows: a multiple of ``config.rows``.
     """
     (segment,) = planar_segments(spec)
-    warps = 1 << (segment.n_blocks - 1).bit_length()
+    warps = 1 << (_row_warps(segment) - 1).bit_length()
     x = x.contiguous()
     if x.data_ptr() % 16:  # loads are of eight neighbouring values
         x = x.clone()
@@ -132,6 +138,7 @@ def bit_gemv_launch(
         "n_tiles": n_tiles,
         "GROUP": spec.group_size,
         "ZERO": None if zeros is not None else constant_zero(spec, segment),
+        "WIDTH": segment.plane_width,
         "HAS_BIAS": bias is not None,
         "COPY_ROWS": None if copies is None else copy_rows,
         "BF16": x.dtype == torch.bfloat16,

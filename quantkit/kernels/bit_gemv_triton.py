@@ -1,13 +1,15 @@
 """Triton kernel for one row of x on one-bit planar-16 words (planar.py), with bit products (bit_products_triton.py).
 
-A warp takes a block: 1024 columns, 32 words of each row, of which lane 4g + q has eight. Bits p, p + 8, p + 16 and
-p + 24 of a word of planes of 64 columns are four of the 128 columns of planes 2p and 2p + 1. Lane 4g + q prepares x
-at the bits p = g of its words.
+A warp takes 1024 columns, 32 words of each row, of which lane 4g + q has eight. Bits p, p + 8, p + 16 and p + 24 of a
+word of planes of W columns are four of the 2 W columns of planes 2p and 2p + 1. Lane 4g + q prepares x at the bits
+p = g of its words.
 
-If a row has one scale for all columns of the block, the lanes exchange what they prepared, and each has two planes of
-bits of whole words: the tensor core counts for the whole block at once. Otherwise position g is of a group that may be
-like no other, and lane 4g + q passes planes with bits at that position alone: its counts are of its group, and it has
-the group's scale. In step s it passes bit (g + s) % 8 of the integers' bytes; eight steps take all sixteen.
+If a row has one scale for all columns of a block (W = 64), the lanes exchange what they prepared, and each has two
+planes of bits of whole words: the tensor core counts for the whole block at once. Otherwise 128 columns, at C = 64 / W
+neighbouring bit positions, belong to a group that may be like no other. The C lanes that share q and these positions
+exchange what they prepared: lane 4g + q then has bits C s + g % C of the integers' bytes, s = 0, 1, .., 8 / C - 1, at
+all C positions. It passes planes with bits there and nowhere else, so its counts are of its group alone, and it has
+the group's scale. In step t it passes s = (g / C + t) % (8 / C); 8 / C steps take all sixteen bits.
 
 Counts are taken as the float32 numbers that their bits are: subnormals, n * 2**-149. A multiplication by a power of two
 makes them ordinary, and is one with the addition.
@@ -36,40 +38,67 @@ from quantkit.kernels.byte_products_triton import TINY, half_to_float, larger_ha
 _UNIT = tl.constexpr(2.0**37)  # counts times `_weights` are in 2**-37
 
 
+@triton.constexpr_function
+def _neighbours(width):
+    """Words that a lane loads at a time: four lanes load words of one block of planes, half of it or all."""
+    return 2 if width == 16 else 4
+
+
 @triton.jit
-def _load_words(words, first_row, row_words, block, valid, g, q, ONE_SCALE: tl.constexpr, ROWS: tl.constexpr):
-    """Of each tile of eight rows, row g: eight words of the block, as [threads, 4] twice.
+def _cut(words):
+    """[threads, 2 or 4] to its columns."""
+    if words.shape[1] == 2:
+        return tl.split(words)
+    else:
+        return four(words)
+
+
+@triton.jit
+def _load_words(
+    words, first_row, row_words, block, n_blocks, g, q, WIDTH: tl.constexpr, ONE_SCALE: tl.constexpr, ROWS: tl.constexpr
+):
+    """Of each tile of eight rows, row g: the lane's eight words, as [threads, 2 or 4].
 
     The rows whose products a lane gets lie side by side: with one scale those that it loads, else 2q and 2q + 1 of
-    each tile.
+    each tile. ``block`` counts 1024 columns, ``n_blocks`` blocks of planes; no words are there beyond.
     """
+    N: tl.constexpr = _neighbours(WIDTH)
+    PARTS: tl.constexpr = 64 // WIDTH
     words += first_row.to(tl.int64) * row_words
     loaded = ()
     for tile in tl.static_range(ROWS // 8):
         row = g * (ROWS // 8) + tile if ONE_SCALE else g // 2 * (ROWS // 4) + 2 * tile + g % 2
-        for half in tl.static_range(2):
-            start = row * row_words + (block * 32 + half * 16 + q * 4)
-            source = words + tl.multiple_of(start, 4)[:, None] + tl.arange(0, 4)[None, :]
+        for piece in tl.static_range(8 // N):
+            start = row * row_words + (block * 32 + piece * (4 * N) + q * N)
+            source = words + tl.multiple_of(start, N)[:, None] + tl.arange(0, N)[None, :]
+            valid = block * PARTS + piece * N * PARTS // 8 < n_blocks
             loaded = loaded + (tl.load(source, mask=valid[:, None], other=0, eviction_policy="evict_first"),)
     return loaded
 
 
 @triton.jit
 def _load_factors(
-    numbers, first_row, stride4, block, valid, g, q, GROUP: tl.constexpr, ONE_SCALE: tl.constexpr, ROWS: tl.constexpr
-):
-    """Scales (or zeros) of the lane's group and rows, four float16 to an int64; the lane's first is the lowest."""
-    group = (block * 1024 + (0 if ONE_SCALE else g * 128)) // GROUP
-    numbers += group * stride4 + first_row // 4
+    numbers, first_row, stride4, block, n_blocks, g, q, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    ONE_SCALE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Scales (or zeros) of the lane's groups and rows, four float16 to an int64; the lane's first is the lowest."""
+    PARTS: tl.constexpr = 64 // WIDTH
+    numbers += first_row // 4
     loaded = ()
-    if ONE_SCALE and ROWS == 16:
-        loaded = (tl.load(numbers + g // 2, mask=valid, other=0) >> (g % 2 * 32).to(tl.int64),)
-    elif ONE_SCALE:
-        for quad in tl.static_range(ROWS // 32):
-            loaded = loaded + (tl.load(numbers + g * (ROWS // 32) + quad, mask=valid, other=0),)
-    else:
-        for quad in tl.static_range(ROWS // 16):
-            loaded = loaded + (tl.load(numbers + q * (ROWS // 16) + quad, mask=valid, other=0),)
+    for part in tl.static_range(PARTS):
+        valid = block * PARTS + part < n_blocks
+        column = block * 1024 + part * (16 * WIDTH)
+        if ONE_SCALE and ROWS == 16:
+            place = numbers + column // GROUP * stride4 + g // 2
+            loaded = loaded + (tl.load(place, mask=valid, other=0) >> (g % 2 * 32).to(tl.int64),)
+        elif ONE_SCALE:
+            for quad in tl.static_range(ROWS // 32):
+                place = numbers + column // GROUP * stride4 + g * (ROWS // 32) + quad
+                loaded = loaded + (tl.load(place, mask=valid, other=0),)
+        else:
+            for quad in tl.static_range(ROWS // 16):
+                place = numbers + (column + g // PARTS * 128) // GROUP * stride4 + q * (ROWS // 16) + quad
+                loaded = loaded + (tl.load(place, mask=valid, other=0),)
     return loaded
 
 
@@ -80,13 +109,13 @@ def _factor(factors, row: tl.constexpr):
 
 @triton.jit
 def _load_tile(
-    words, scales, zeros, first_row, row_words, stride4, block, valid, g, q, GROUP: tl.constexpr, ZERO: tl.constexpr,
-    ONE_SCALE: tl.constexpr, ROWS: tl.constexpr,
+    words, scales, zeros, first_row, row_words, stride4, block, n_blocks, g, q, GROUP: tl.constexpr,
+    ZERO: tl.constexpr, WIDTH: tl.constexpr, ONE_SCALE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    loaded = _load_words(words, first_row, row_words, block, valid, g, q, ONE_SCALE, ROWS)
-    factors = _load_factors(scales, first_row, stride4, block, valid, g, q, GROUP, ONE_SCALE, ROWS)
+    loaded = _load_words(words, first_row, row_words, block, n_blocks, g, q, WIDTH, ONE_SCALE, ROWS)
+    factors = _load_factors(scales, first_row, stride4, block, n_blocks, g, q, GROUP, WIDTH, ONE_SCALE, ROWS)
     if ZERO is None:
-        offsets = _load_factors(zeros, first_row, stride4, block, valid, g, q, GROUP, ONE_SCALE, ROWS)
+        offsets = _load_factors(zeros, first_row, stride4, block, n_blocks, g, q, GROUP, WIDTH, ONE_SCALE, ROWS)
     else:
         offsets = factors
     return loaded, factors, offsets
@@ -103,34 +132,53 @@ def _of_lanes(value, LARGEST: tl.constexpr, LANES: tl.constexpr, ASM: tl.constex
 
 
 @triton.jit
-def _prepared_x(
-    x, n_columns, block, valid, thread, g, q, ONE_SCALE: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr
-):
-    """Of the lane's eight words: what the tensor core counts with, for low and for high bytes of the integers of x;
-    what a zero of 1 in each row takes off, and the unit of the integers.
+def _load_x(x, n_columns, block, g, q, WIDTH: tl.constexpr):
+    """x at the bits g of the lane's words: columns of even planes for all words, then of odd ones; int32 pairs."""
+    N: tl.constexpr = _neighbours(WIDTH)
+    PIECES: tl.constexpr = WIDTH // 8 // N  # of a block of planes
+    loaded = ()
+    for part in tl.static_range(64 // WIDTH):
+        for byte in tl.static_range(2):
+            for piece in tl.static_range(PIECES):
+                plane = block * 1024 + part * (16 * WIDTH) + g * (2 * WIDTH) + byte * WIDTH
+                column = plane + piece * (8 * N) + q * (2 * N)
+                source = x + tl.multiple_of(column // 2, N)[:, None] + tl.arange(0, N)[None, :]
+                loaded = loaded + (tl.load(source, mask=(column < n_columns)[:, None], other=0),)
+    return loaded
 
-    With one scale these are planes g and g + 8 of bits, else the integers' bytes at position g. ``x`` is read as int32,
-    two values at a time.
+
+@triton.jit
+def _prepared_x(
+    x, n_columns, block, thread, g, q, WIDTH: tl.constexpr, ONE_SCALE: tl.constexpr, BF16: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """For each block of planes, of the lane's words: what planes of bits are taken from, of low and of high bytes of
+    the integers of x; what a zero of 1 in each row takes off, and the unit of the integers.
+
+    With one scale these are planes g and g + 8 of bits. ``x`` is read as int32, two values at a time.
     """
-    LANES: tl.constexpr = 32 if ONE_SCALE else 4
-    first = block * 1024 + g * 128 + q * 8
-    largest = tl.zeros((block.shape[0], 4), tl.int32)
-    pairs = ()
-    for part in tl.static_range(4):
-        column = first + 32 * part
-        source = x + tl.multiple_of(column // 2, 4)[:, None] + tl.arange(0, 4)[None, :]
-        loaded = tl.load(source, mask=(valid & (column < n_columns))[:, None], other=0)
-        largest = larger_half(largest, loaded, ASM)
-        pairs = pairs + four(loaded)
-    top = half_to_float(_of_lanes(tl.max(tl.maximum(largest & 0xFFFF, largest >> 16), 1), True, LANES, ASM), BF16)
-    top = tl.where(top < TINY, TINY, top)  # NaN stays
-    low, high, total = integer_bytes(pairs, 32512.0 / top, 8, BF16, ASM)
-    offset = _of_lanes(total, False, LANES, ASM).to(tl.float32)
-    if ONE_SCALE:
-        low = transposed_bits(low, thread, 8, ASM)
-        high = transposed_bits(high, thread, 8, ASM)
-        offset *= 0.25  # each of the four lanes that share a row takes its part off
-    return low, high, offset, top * (1.0 / 32512.0)
+    PARTS: tl.constexpr = 64 // WIDTH
+    LANES: tl.constexpr = 32 if ONE_SCALE else 4 * PARTS  # that share a unit
+    EXCHANGED: tl.constexpr = 8 if ONE_SCALE else PARTS
+    SHARES: tl.constexpr = 4 if ONE_SCALE else PARTS  # lanes that share a row and take a part of its zero off
+    PIECES: tl.constexpr = WIDTH // 4 // _neighbours(WIDTH)
+    loaded = _load_x(x, n_columns, block, g, q, WIDTH)
+    prepared = ()
+    for part in tl.static_range(PARTS):
+        largest = tl.zeros_like(loaded[0])
+        pairs = ()
+        for piece in tl.static_range(PIECES):
+            largest = larger_half(largest, loaded[part * PIECES + piece], ASM)
+            pairs = pairs + _cut(loaded[part * PIECES + piece])
+        top = _of_lanes(tl.max(tl.maximum(largest & 0xFFFF, largest >> 16), 1), True, LANES, ASM)
+        top = half_to_float(top, BF16)
+        top = tl.where(top < TINY, TINY, top)  # NaN stays
+        low, high, total = integer_bytes(pairs, 32512.0 / top, WIDTH // 8, BF16, ASM)
+        offset = _of_lanes(total, False, LANES, ASM).to(tl.float32) * (1.0 / SHARES)
+        low = transposed_bits(low, thread, WIDTH // 8, EXCHANGED, ASM)
+        high = transposed_bits(high, thread, WIDTH // 8, EXCHANGED, ASM)
+        prepared = prepared + ((low, high, offset, top * (1.0 / 32512.0)),)
+    return prepared
 
 
 @triton.jit
@@ -140,7 +188,7 @@ def _weights(bit):
 
 
 @triton.jit
-def _block_sums(loaded, low, high, q, ROWS: tl.constexpr, ASM: tl.constexpr):
+def _block_sums(words, low, high, q, ROWS: tl.constexpr, ASM: tl.constexpr):
     """Of each row that the lane loads: the integers of x where codes are 1, as far as four planes of bits hold them."""
     low_weight, high_weight = _weights(2 * q)
     next_low_weight, next_high_weight = _weights(2 * q + 1)
@@ -149,18 +197,15 @@ def _block_sums(loaded, low, high, q, ROWS: tl.constexpr, ASM: tl.constexpr):
     for tile in tl.static_range(ROWS // 16):
         lows = (nothing, nothing, nothing, nothing)
         highs = (nothing, nothing, nothing, nothing)
-        for half in tl.static_range(2):
-            one = four(loaded[4 * tile + half])
-            other = four(loaded[4 * tile + 2 + half])
-            for pair in tl.static_range(2):
-                lows = count_common(
-                    one[2 * pair], other[2 * pair], one[2 * pair + 1], other[2 * pair + 1],
-                    low[4 * half + 2 * pair], low[4 * half + 2 * pair + 1], lows, ASM,
-                )  # fmt: skip
-                highs = count_common(
-                    one[2 * pair], other[2 * pair], one[2 * pair + 1], other[2 * pair + 1],
-                    high[4 * half + 2 * pair], high[4 * half + 2 * pair + 1], highs, ASM,
-                )  # fmt: skip
+        for pair in tl.static_range(4):
+            lows = count_common(
+                words[16 * tile + 2 * pair], words[16 * tile + 8 + 2 * pair], words[16 * tile + 2 * pair + 1],
+                words[16 * tile + 8 + 2 * pair + 1], low[2 * pair], low[2 * pair + 1], lows, ASM,
+            )  # fmt: skip
+            highs = count_common(
+                words[16 * tile + 2 * pair], words[16 * tile + 8 + 2 * pair], words[16 * tile + 2 * pair + 1],
+                words[16 * tile + 8 + 2 * pair + 1], high[2 * pair], high[2 * pair + 1], highs, ASM,
+            )  # fmt: skip
         for row in tl.static_range(2):
             total = lows[2 * row].to(tl.float32, bitcast=True) * low_weight
             total = tl.math.fma(lows[2 * row + 1].to(tl.float32, bitcast=True), next_low_weight, total)
@@ -169,22 +214,29 @@ def _block_sums(loaded, low, high, q, ROWS: tl.constexpr, ASM: tl.constexpr):
     return sums
 
 
+@triton.constexpr_function
+def _group_bits(width):
+    """The bits of a word that belong to its first group: 64 / width of each byte."""
+    return ((1 << 64 // width) - 1) * 0x01010101
+
+
 @triton.jit
-def _group_sums(loaded, low, high, g, ROWS: tl.constexpr, ASM: tl.constexpr):
-    """Of rows 2q and 2q + 1 of each tile: the integers of x where codes of the lane's group are 1."""
-    words = ()
-    for index in tl.static_range(ROWS // 4):
-        words = words + (four(loaded[index]),)
+def _group_sums(words, low, high, g, PART: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr):
+    """Of rows 2q and 2q + 1 of each tile: the integers of x where codes of the lane's group are 1, as far as the bits
+    that the lane passes hold them; of one block of planes."""
+    SHARED: tl.constexpr = 64 // WIDTH
+    N: tl.constexpr = WIDTH // 8
+    home = g // SHARED * SHARED
     nothing = tl.zeros_like(g)
-    mask = (nothing + 0x01010101) << g
+    mask = (nothing + _group_bits(WIDTH)) << home
     sums = ()
     for _ in tl.static_range(ROWS // 4):
         sums = sums + (nothing.to(tl.float32),)
-    for step in tl.static_range(8):
-        turn = tl.where(g + step < 8, 32, 8) - step
-        low_weight, high_weight = _weights((g + step) % 8)
+    for step in tl.static_range(N):
+        turn = tl.where(home + SHARED * step < 8, 32, 8) - SHARED * step
+        low_weight, high_weight = _weights((home + SHARED * step) % 8 + g % SHARED)
         planes = ()
-        for index in tl.static_range(8):
+        for index in tl.static_range(N):
             if step == 0:
                 planes = planes + (low[index] & mask, high[index] & mask)
             else:
@@ -192,11 +244,10 @@ def _group_sums(loaded, low, high, g, ROWS: tl.constexpr, ASM: tl.constexpr):
         following = ()
         for tile in tl.static_range(ROWS // 8):
             counts = (nothing, nothing, nothing, nothing)
-            for pair in tl.static_range(4):
+            for pair in tl.static_range(N // 2):
                 counts = count_common(
                     planes[4 * pair], planes[4 * pair + 1], planes[4 * pair + 2], planes[4 * pair + 3],
-                    words[2 * tile + pair // 2][pair % 2 * 2], words[2 * tile + pair // 2][pair % 2 * 2 + 1],
-                    counts, ASM,
+                    words[8 * tile + PART * N + 2 * pair], words[8 * tile + PART * N + 2 * pair + 1], counts, ASM,
                 )  # fmt: skip
             for row in tl.static_range(2):
                 total = tl.math.fma(counts[row].to(tl.float32, bitcast=True), low_weight, sums[2 * tile + row])
@@ -208,19 +259,31 @@ def _group_sums(loaded, low, high, g, ROWS: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _row_products(
-    loaded, factors, offsets, low, high, offset, unit, g, q, ZERO: tl.constexpr, ONE_SCALE: tl.constexpr,
+    loaded, factors, offsets, prepared, g, q, ZERO: tl.constexpr, WIDTH: tl.constexpr, ONE_SCALE: tl.constexpr,
     ROWS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The lane's part of the product, for each of its rows."""
-    if ONE_SCALE:  # noqa: SIM108
-        sums = _block_sums(loaded, low, high, q, ROWS, ASM)
-    else:
-        sums = _group_sums(loaded, low, high, g, ROWS, ASM)
-    products = ()
-    for row in tl.static_range(ROWS // 8 if ONE_SCALE else ROWS // 4):
-        taken = offset * (_factor(offsets, row) if ZERO is None else ZERO)
-        products = products + ((sums[row] * _UNIT - taken) * unit * _factor(factors, row),)
-    return products
+    OWN: tl.constexpr = ROWS // 8 if ONE_SCALE else ROWS // 4
+    FACTORS: tl.constexpr = (OWN + 3) // 4 * 4  # of a block
+    words = ()
+    for index in tl.static_range(ROWS // _neighbours(WIDTH)):
+        words = words + _cut(loaded[index])
+    totals = ()
+    for _ in tl.static_range(OWN):
+        totals = totals + (tl.zeros_like(g).to(tl.float32),)
+    for part in tl.static_range(64 // WIDTH):
+        low, high, offset, unit = prepared[part]
+        if ONE_SCALE:
+            sums = _block_sums(words, low, high, q, ROWS, ASM)
+        else:
+            sums = _group_sums(words, low, high, g, part, WIDTH, ROWS, ASM)
+        following = ()
+        for row in tl.static_range(OWN):
+            taken = offset * (_factor(offsets, part * FACTORS + row) if ZERO is None else ZERO)
+            product = (sums[row] * _UNIT - taken) * unit
+            following = following + (tl.math.fma(product, _factor(factors, part * FACTORS + row), totals[row]),)
+        totals = following
+    return totals
 
 
 @triton.jit
@@ -256,9 +319,9 @@ def _store_rows(
 @triton.jit
 def bit_gemv_kernel(
     x, words, scales, zeros, bias, y, copies, n_rows, n_columns, row_words16, n_blocks, stride4, n_tiles,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, COPY_ROWS: tl.constexpr, BF16: tl.constexpr,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, ONE_SCALE: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr = False,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, COPY_ROWS: tl.constexpr,
+    BF16: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, ONE_SCALE: tl.constexpr, AHEAD: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y [tokens, n_rows] = x [tokens, n_columns] @ weight^T + bias. Grid (programs, tokens), WARPS warps each.
 
@@ -278,27 +341,28 @@ def bit_gemv_kernel(
     g = thread % 32 // 4
     q = thread % 4
     block = thread // 32
-    valid = block < n_blocks
     row_words = row_words16 * 16
     tile = tl.program_id(0)
     token = tl.program_id(1) if COPY_ROWS is None else tl.load(copies + tile * ROWS // COPY_ROWS)
     x += token.to(tl.int64) * (n_columns // 2)
     y += tl.program_id(1).to(tl.int64) * n_rows
     loaded, factors, offsets = _load_tile(
-        words, scales, zeros, tile * ROWS, row_words, stride4, block, valid, g, q, GROUP, ZERO, ONE_SCALE, ROWS
-    )
+        words, scales, zeros, tile * ROWS, row_words, stride4, block, n_blocks, g, q, GROUP, ZERO, WIDTH, ONE_SCALE,
+        ROWS,
+    )  # fmt: skip
     if PDL:  # weights are on their way; x may not be there yet
         gdc_wait()
-    low, high, offset, unit = _prepared_x(x, n_columns, block, valid, thread, g, q, ONE_SCALE, BF16, ASM)
+    prepared = _prepared_x(x, n_columns, block, thread, g, q, WIDTH, ONE_SCALE, BF16, ASM)
     if AHEAD > 0:
         programs = tl.num_programs(0)
         later = loaded
         later_factors = factors
         later_offsets = offsets
         if AHEAD == 2:
+            there = tl.where(tile + programs < n_tiles, n_blocks, 0)
             later, later_factors, later_offsets = _load_tile(
-                words, scales, zeros, (tile + programs) * ROWS, row_words, stride4, block,
-                valid & (block * 0 + tile + programs < n_tiles), g, q, GROUP, ZERO, ONE_SCALE, ROWS,
+                words, scales, zeros, (tile + programs) * ROWS, row_words, stride4, block, there, g, q, GROUP, ZERO,
+                WIDTH, ONE_SCALE, ROWS,
             )  # fmt: skip
         for here in range(tile, n_tiles, programs):
             now = loaded
@@ -309,18 +373,17 @@ def bit_gemv_kernel(
                 factors = later_factors
                 offsets = later_offsets
             following = here + AHEAD * programs
+            there = tl.where(following < n_tiles, n_blocks, 0)
             later, later_factors, later_offsets = _load_tile(
-                words, scales, zeros, following * ROWS, row_words, stride4, block,
-                valid & (block * 0 + following < n_tiles), g, q, GROUP, ZERO, ONE_SCALE, ROWS,
+                words, scales, zeros, following * ROWS, row_words, stride4, block, there, g, q, GROUP, ZERO, WIDTH,
+                ONE_SCALE, ROWS,
             )  # fmt: skip
             if AHEAD == 1:
                 loaded = later
                 factors = later_factors
                 offsets = later_offsets
-            products = _row_products(
-                now, now_factors, now_offsets, low, high, offset, unit, g, q, ZERO, ONE_SCALE, ROWS, ASM
-            )
+            products = _row_products(now, now_factors, now_offsets, prepared, g, q, ZERO, WIDTH, ONE_SCALE, ROWS, ASM)
             _store_rows(y, bias, products, here * ROWS, n_rows, HAS_BIAS, ONE_SCALE, ROWS, WARPS)
     else:
-        products = _row_products(loaded, factors, offsets, low, high, offset, unit, g, q, ZERO, ONE_SCALE, ROWS, ASM)
+        products = _row_products(loaded, factors, offsets, prepared, g, q, ZERO, WIDTH, ONE_SCALE, ROWS, ASM)
         _store_rows(y, bias, products, tile * ROWS, n_rows, HAS_BIAS, ONE_SCALE, ROWS, WARPS)

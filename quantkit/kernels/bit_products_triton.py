@@ -216,11 +216,19 @@ def _exchange_stage(
 
 
 @triton.jit
-def transposed_bits(words, thread, N: tl.constexpr, ASM: tl.constexpr):
-    """Of N words: bit b of each byte of lane 4p + q becomes bit p of that byte of lane 4b + q."""
-    words = _exchange_stage(words, thread, N, 4, 1, 0x55555555, ASM)
-    words = _exchange_stage(words, thread, N, 8, 2, 0x33333333, ASM)
-    return _exchange_stage(words, thread, N, 16, 4, 0x0F0F0F0F, ASM)
+def transposed_bits(words, thread, N: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr):
+    """Of N words: the last bits of p in lane 4p + q and of b in bit b of each byte change places.
+
+    With 8 lanes, bit b of lane 4p + q becomes bit p of lane 4b + q; with 2, only the last bit of p and b does so; with
+    1 nothing moves.
+    """
+    if LANES >= 2:
+        words = _exchange_stage(words, thread, N, 4, 1, 0x55555555, ASM)
+    if LANES >= 4:
+        words = _exchange_stage(words, thread, N, 8, 2, 0x33333333, ASM)
+    if LANES == 8:
+        words = _exchange_stage(words, thread, N, 16, 4, 0x0F0F0F0F, ASM)
+    return words
 
 
 @triton.jit

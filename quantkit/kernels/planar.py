@@ -49,6 +49,7 @@ from quantkit.formats.packing import pack_bits
 ROW_TILE = 64  # rows are padded to this, the largest row tile of any kernel
 MIN_PLANE_WIDTH = 16  # the tensor core takes 16 columns at a time
 _PLANE_WIDTH = 64  # preferred W
+_BIT_WIDTH = 32  # the same for one bit in several groups: half as many of them in a word (bit_gemv_triton.py)
 _NARROW_WIDTH = 32  # below this loads are short and slow: only where the group size has no larger power of two
 _MAX_PADDING = 1 / 8  # a narrower plane is used where whole blocks of the preferred one would pad more than this
 _CHUNK_BYTES = 1 << 26  # int32 scratch while packing or unpacking
@@ -139,7 +140,8 @@ def planar_segments(spec: GroupedIntSpec) -> tuple[PlanarSegment, ...]:
 
 def _plane_width(bits: int, n_columns: int, group_size: int) -> int:
     """The widest plane of which two make up a part of a group, and which pads little; else the least padding."""
-    largest = min(_PLANE_WIDTH, max((group_size & -group_size) // 2, MIN_PLANE_WIDTH))
+    mixed = bits == 1 and group_size < n_columns and group_size % (16 * _PLANE_WIDTH) != 0
+    largest = min(_BIT_WIDTH if mixed else _PLANE_WIDTH, max((group_size & -group_size) // 2, MIN_PLANE_WIDTH))
     widths = [width for width in (64, 32, 16) if width <= largest and (width >= _NARROW_WIDTH or width == largest)]
     padding = {width: -n_columns % (planes_per_block(bits) * width) for width in widths}
     fits = [width for width, columns in padding.items() if columns <= _MAX_PADDING * n_columns]

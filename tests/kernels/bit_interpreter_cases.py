@@ -30,9 +30,9 @@ def counting_kernel(planes, words, before, counts, T: tl.constexpr):
 
 
 @triton.jit
-def transposing_kernel(source, target, T: tl.constexpr):
+def transposing_kernel(source, target, T: tl.constexpr, LANES: tl.constexpr):
     t = tl.arange(0, T)
-    words = transposed_bits((tl.load(source + t), tl.load(source + T + t)), t, 2, False)
+    words = transposed_bits((tl.load(source + t), tl.load(source + T + t)), t, 2, LANES, False)
     tl.store(target + t, words[0])
     tl.store(target + T + t, words[1])
 
@@ -79,11 +79,12 @@ def test_ones_that_planes_and_rows_have_in_common():
     assert torch.equal(counts, before + expected)
 
 
-def test_bits_change_places_with_lanes():
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8])
+def test_bits_change_places_with_lanes(lanes):
     source, target = random_words(3, 2, THREADS), torch.zeros(2, THREADS, dtype=torch.int32)
-    transposing_kernel[(1,)](source, target, T=THREADS)
-    before = bits_of(source).view(2, THREADS // 32, 8, 4, 4, 8)  # word, warp, p, q, byte, b
-    assert torch.equal(bits_of(target).view(2, THREADS // 32, 8, 4, 4, 8), before.transpose(2, 5))
+    transposing_kernel[(1,)](source, target, T=THREADS, LANES=lanes)
+    shape = (2, THREADS // 32, 8 // lanes, lanes, 4, 4, 8 // lanes, lanes)  # word, warp, p, q, byte, b
+    assert torch.equal(bits_of(target).view(shape), bits_of(source).view(shape).transpose(3, 7))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -144,9 +145,11 @@ def check(y, x, weight, bias=None):
 
 
 @pytest.mark.parametrize(("dtype", "symmetric"), [(torch.float16, True), (torch.bfloat16, False)])
-@pytest.mark.parametrize(("group_size", "n_groups"), [(128, 15), (256, 7), (896, 2), (1024, 3), (1920, 1)])
+@pytest.mark.parametrize(
+    ("group_size", "n_groups"), [(128, 15), (128, 9), (256, 7), (384, 2), (896, 2), (1024, 3), (1920, 1)]
+)
 def test_groups_of_every_size(group_size, n_groups, symmetric, dtype):
-    """Also rows that end within a block, or before the last warp's block."""
+    """Also rows that end within a block or before the last warp's columns, and planes of every width."""
     weight = random_weight(n_groups, 13, group_size, (1,) * n_groups, symmetric)
     x = activations(n_groups, 1, group_size * n_groups, dtype=dtype)
     check(run(weight, x), x, weight)

@@ -34,14 +34,15 @@ def layer(bits: int, out_features: int, group_size: int, n_groups: int, symmetri
         (1, 4096, 1, True),
         (1, 896, 2, True),
         (1, 14336, 1, True),
-        (1, 64, 64, False),  # two groups at one bit position
+        (1, 128, 9, True),
+        (1, 128, 128, True),
+        (1, 64, 64, False),  # two groups where a lane has one scale
         (1, 192, 32, False),
-        (1, 128, 9, False),  # padded less in narrower planes
-        (1, 128, 136, False),  # more than 16 warps
+        (1, 128, 129, False),  # more than 16 warps
         (2, 128, 32, False),
     ],
 )
-def test_weights_whose_bit_positions_have_one_group(bits, group_size, n_groups, taken):
+def test_weights_whose_lanes_have_one_group(bits, group_size, n_groups, taken):
     assert is_bit_weight(layer(bits, 64, group_size, n_groups)) == taken
 
 
@@ -54,7 +55,14 @@ def test_one_width():
 
 @pytest.mark.parametrize(
     ("group_size", "n_groups", "one"),
-    [(128, 8, False), (896, 2, False), (1024, 2, True), (2048, 2, True), (1920, 1, True)],
+    [
+        (128, 8, False),
+        (896, 2, False),
+        (1024, 2, True),
+        (2048, 2, True),
+        (1920, 1, True),
+        (1152, 1, False),
+    ],  # narrow planes
 )
 def test_blocks_with_one_scale(group_size, n_groups, one):
     assert has_one_scale(layer(1, 64, group_size, n_groups)) == one
@@ -84,5 +92,4 @@ def test_computed_shapes_are_possible(rows, columns, group_size):
     config = choose_bit_gemv(spec, 132)
     assert config.rows in (16, 32)
     assert config.programs in (None, 132, 264)
-    if config.programs is None:  # all programs at once, or rows longer than what two of them could keep
-        assert columns > 8192 or group_size == 128
+    assert (config.programs is None) == (columns > 8192)  # rows longer than what two programs could keep
