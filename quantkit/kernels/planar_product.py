@@ -24,7 +24,7 @@ MAX_PRODUCT_TOKENS = 128
 _TILES = ((64, 4), (128, 8))  # rows and warps: four warps issue products of 64 rows at once
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _SHARED_MEMORY = 232448  # bytes that a program of an H100 or H200 may have
-_PREPARING = 256  # programs that prepare x, about
+_PREPARING = 128  # programs that prepare x, about
 _FEW_CHAINS = 8  # of a row, for which no more programs are started
 _LONG_ROW = 8192  # columns from which a program that prepares a row of x has twice the warps
 
@@ -94,15 +94,21 @@ def choose_product(n_tokens: int, spec: GroupedIntSpec) -> ProductConfig:
     """The launch shape for a weight and a number of tokens, computed; what was measured: docs/results.md."""
     rows, planes = padded_rows(spec), _planes(spec)
     small = planes < 8  # little of x meets a word
-    if n_tokens <= 8 or (n_tokens <= 16 and small):
-        tokens = 8 if n_tokens <= 8 else 16
-        return _shared(ProductConfig(rows=64, warps=4, tokens=tokens, stages=3, zeros_in_loop=True), rows, 512)
+    many_codes = any(segment.bits == 3 for segment in planar_segments(spec))
+    if n_tokens <= 8 and many_codes:  # or mixed widths: registers are for few rows
+        return _shared(ProductConfig(rows=32, warps=2, tokens=8, stages=3, zeros_in_loop=True), rows, 448)
+    if n_tokens <= 8 and planes > 2:
+        return _shared(ProductConfig(rows=64, warps=4, tokens=8, stages=3, zeros_in_loop=planes < 16), rows, 512)
     if n_tokens <= 16:
-        stages = 4 if planes == 8 else 3
-        return _shared(ProductConfig(rows=64, warps=4, tokens=16, stages=stages, zeros_in_loop=True), rows, 256)
-    if n_tokens <= 32 or planes == 16:
-        stages = 4 if small else 3 if planes == 8 else 2
-        return _shared(ProductConfig(rows=64, warps=4, tokens=32, stages=stages, zeros_in_loop=planes == 8), rows, 256)
+        shape = ProductConfig(rows=64, warps=4, tokens=16, stages=4 if planes == 8 else 3, zeros_in_loop=True)
+        return _shared(shape, rows, 512 if small else 256)
+    if planes == 16:
+        wide = rows % 128 == 0
+        shape = ProductConfig(rows=128 if wide else 64, warps=8 if wide else 4, tokens=32, stages=2)
+        return _shared(shape, rows, 128 if wide else 256)
+    if n_tokens <= 32:
+        stages = 4 if small else 3
+        return _shared(ProductConfig(rows=64, warps=4, tokens=32, stages=stages, zeros_in_loop=not small), rows, 256)
     if rows % 128 or (small and n_tokens <= 64):
         return _shared(ProductConfig(rows=64, warps=4, tokens=64, stages=3 if small else 2), rows, 256)
     if small:
@@ -228,7 +234,7 @@ def prepare_launch(
         "COLUMNS": _power_of_two(spec.in_features),
         "ORDERED": len(spec.segments) > 1,
         "PADDING": tuple(padding),
-        "num_warps": 8 if spec.in_features <= _LONG_ROW else 16,
+        "num_warps": 4 if spec.in_features <= _LONG_ROW else 8,
     }
     return (len(x), -(-n_chains // chains)), arguments
 
