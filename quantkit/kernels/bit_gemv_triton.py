@@ -1,4 +1,5 @@
-"""Triton kernel for one row of x on one-bit planar-16 words (planar.py), with bit products (bit_products_triton.py).
+"""Triton kernel for one row of x on one-bit planar-16 words (planar.py), with bit products (bit_products_triton.py,
+bit_sums_triton.py).
 
 A warp takes 1024 columns, 32 words of each row, of which lane 4g + q has eight. Bits p, p + 8, p + 16 and p + 24 of a
 word of planes of W columns are four of the 2 W columns of planes 2p and 2p + 1. Lane 4g + q prepares x at the bits
@@ -10,9 +11,6 @@ neighbouring bit positions, belong to a group that may be like no other. The C l
 exchange what they prepared: lane 4g + q then has bits C s + g % C of the integers' bytes, s = 0, 1, .., 8 / C - 1, at
 all C positions. It passes planes with bits there and nowhere else, so its counts are of its group alone, and it has
 the group's scale. In step t it passes s = (g / C + t) % (8 / C); 8 / C steps take all sixteen bits.
-
-Counts are taken as the float32 numbers that their bits are: subnormals, n * 2**-149. A multiplication by a power of two
-makes them ordinary, and is one with the addition.
 """
 
 # ruff: noqa: RUF005 - tuples are built by addition: Triton does not unpack
@@ -24,18 +22,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.kernels.bit_products_triton import (
-    count_common,
-    four,
-    integer_bytes,
-    of_lane_across,
-    plane_bits,
-    transposed_bits,
-    two_to,
-)
+from quantkit.kernels.bit_products_triton import four, integer_bytes, of_lane_across, transposed_bits
+from quantkit.kernels.bit_sums_triton import UNIT, block_sums, group_sums
 from quantkit.kernels.byte_products_triton import TINY, half_to_float, larger_half
-
-_UNIT = tl.constexpr(2.0**37)  # counts times `_weights` are in 2**-37
 
 
 @triton.constexpr_function
@@ -182,82 +171,6 @@ def _prepared_x(
 
 
 @triton.jit
-def _weights(bit):
-    """2**bit and 2**(bit + 8), times 2**112; that of bit 15 is negative."""
-    return two_to(bit + 112), tl.where(bit == 7, -1.0, 1.0) * two_to(bit + 120)
-
-
-@triton.jit
-def _block_sums(words, low, high, q, ROWS: tl.constexpr, ASM: tl.constexpr):
-    """Of each row that the lane loads: the integers of x where codes are 1, as far as four planes of bits hold them."""
-    low_weight, high_weight = _weights(2 * q)
-    next_low_weight, next_high_weight = _weights(2 * q + 1)
-    nothing = tl.zeros_like(q)
-    sums = ()
-    for tile in tl.static_range(ROWS // 16):
-        lows = (nothing, nothing, nothing, nothing)
-        highs = (nothing, nothing, nothing, nothing)
-        for pair in tl.static_range(4):
-            lows = count_common(
-                words[16 * tile + 2 * pair], words[16 * tile + 8 + 2 * pair], words[16 * tile + 2 * pair + 1],
-                words[16 * tile + 8 + 2 * pair + 1], low[2 * pair], low[2 * pair + 1], lows, ASM,
-            )  # fmt: skip
-            highs = count_common(
-                words[16 * tile + 2 * pair], words[16 * tile + 8 + 2 * pair], words[16 * tile + 2 * pair + 1],
-                words[16 * tile + 8 + 2 * pair + 1], high[2 * pair], high[2 * pair + 1], highs, ASM,
-            )  # fmt: skip
-        for row in tl.static_range(2):
-            total = lows[2 * row].to(tl.float32, bitcast=True) * low_weight
-            total = tl.math.fma(lows[2 * row + 1].to(tl.float32, bitcast=True), next_low_weight, total)
-            total = tl.math.fma(highs[2 * row].to(tl.float32, bitcast=True), high_weight, total)
-            sums = sums + (tl.math.fma(highs[2 * row + 1].to(tl.float32, bitcast=True), next_high_weight, total),)
-    return sums
-
-
-@triton.constexpr_function
-def _group_bits(width):
-    """The bits of a word that belong to its first group: 64 / width of each byte."""
-    return ((1 << 64 // width) - 1) * 0x01010101
-
-
-@triton.jit
-def _group_sums(words, low, high, g, PART: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr):
-    """Of rows 2q and 2q + 1 of each tile: the integers of x where codes of the lane's group are 1, as far as the bits
-    that the lane passes hold them; of one block of planes."""
-    SHARED: tl.constexpr = 64 // WIDTH
-    N: tl.constexpr = WIDTH // 8
-    home = g // SHARED * SHARED
-    nothing = tl.zeros_like(g)
-    mask = (nothing + _group_bits(WIDTH)) << home
-    sums = ()
-    for _ in tl.static_range(ROWS // 4):
-        sums = sums + (nothing.to(tl.float32),)
-    for step in tl.static_range(N):
-        turn = tl.where(home + SHARED * step < 8, 32, 8) - SHARED * step
-        low_weight, high_weight = _weights((home + SHARED * step) % 8 + g % SHARED)
-        planes = ()
-        for index in tl.static_range(N):
-            if step == 0:
-                planes = planes + (low[index] & mask, high[index] & mask)
-            else:
-                planes = planes + (plane_bits(low[index], turn, mask, ASM), plane_bits(high[index], turn, mask, ASM))
-        following = ()
-        for tile in tl.static_range(ROWS // 8):
-            counts = (nothing, nothing, nothing, nothing)
-            for pair in tl.static_range(N // 2):
-                counts = count_common(
-                    planes[4 * pair], planes[4 * pair + 1], planes[4 * pair + 2], planes[4 * pair + 3],
-                    words[8 * tile + PART * N + 2 * pair], words[8 * tile + PART * N + 2 * pair + 1], counts, ASM,
-                )  # fmt: skip
-            for row in tl.static_range(2):
-                total = tl.math.fma(counts[row].to(tl.float32, bitcast=True), low_weight, sums[2 * tile + row])
-                total = tl.math.fma(counts[2 + row].to(tl.float32, bitcast=True), high_weight, total)
-                following = following + (total,)
-        sums = following
-    return sums
-
-
-@triton.jit
 def _row_products(
     loaded, factors, offsets, prepared, g, q, ZERO: tl.constexpr, WIDTH: tl.constexpr, ONE_SCALE: tl.constexpr,
     ROWS: tl.constexpr, ASM: tl.constexpr,
@@ -274,13 +187,13 @@ def _row_products(
     for part in tl.static_range(64 // WIDTH):
         low, high, offset, unit = prepared[part]
         if ONE_SCALE:
-            sums = _block_sums(words, low, high, q, ROWS, ASM)
+            sums = block_sums(words, low, high, q, ROWS, ASM)
         else:
-            sums = _group_sums(words, low, high, g, part, WIDTH, ROWS, ASM)
+            sums = group_sums(words, low, high, g, part, WIDTH, ROWS, ASM)
         following = ()
         for row in tl.static_range(OWN):
             taken = offset * (_factor(offsets, part * FACTORS + row) if ZERO is None else ZERO)
-            product = (sums[row] * _UNIT - taken) * unit
+            product = (sums[row] * UNIT - taken) * unit
             following = following + (tl.math.fma(product, _factor(factors, part * FACTORS + row), totals[row]),)
         totals = following
     return totals

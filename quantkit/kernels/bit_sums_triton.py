@@ -1,0 +1,94 @@
+"""What bit products sum up for bit_gemv_triton.py: the integers of x where codes are 1, rows by rows.
+
+A tensor core counts for a plane of bits; its counts are weighted by the powers of two that the bits stand for. They are
+taken as the float32 numbers that their own bits are: subnormals, n * 2**-149. A multiplication by a power of two makes
+them ordinary, and is one with the addition. Words are a lane's eight of each tile of eight rows (bit_gemv_triton.py).
+"""
+
+# ruff: noqa: RUF005 - tuples are built by addition: Triton does not unpack
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return, assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from quantkit.kernels.bit_products_triton import count_common, plane_bits, two_to
+
+UNIT = tl.constexpr(2.0**37)  # sums are in 2**-37: 2**-149 times the 2**112 of `_weights`
+
+
+@triton.jit
+def _weights(bit):
+    """2**bit and 2**(bit + 8), times 2**112; that of bit 15 is negative."""
+    return two_to(bit + 112), tl.where(bit == 7, -1.0, 1.0) * two_to(bit + 120)
+
+
+@triton.jit
+def block_sums(words, low, high, q, ROWS: tl.constexpr, ASM: tl.constexpr):
+    """Of each row that the lane loads: the integers of x where codes are 1, as far as four planes of bits hold them."""
+    low_weight, high_weight = _weights(2 * q)
+    next_low_weight, next_high_weight = _weights(2 * q + 1)
+    nothing = tl.zeros_like(q)
+    sums = ()
+    for tile in tl.static_range(ROWS // 16):
+        lows = (nothing, nothing, nothing, nothing)
+        highs = (nothing, nothing, nothing, nothing)
+        for pair in tl.static_range(4):
+            lows = count_common(
+                words[16 * tile + 2 * pair], words[16 * tile + 8 + 2 * pair], words[16 * tile + 2 * pair + 1],
+                words[16 * tile + 8 + 2 * pair + 1], low[2 * pair], low[2 * pair + 1], lows, ASM,
+            )  # fmt: skip
+            highs = count_common(
+                words[16 * tile + 2 * pair], words[16 * tile + 8 + 2 * pair], words[16 * tile + 2 * pair + 1],
+                words[16 * tile + 8 + 2 * pair + 1], high[2 * pair], high[2 * pair + 1], highs, ASM,
+            )  # fmt: skip
+        for row in tl.static_range(2):
+            total = lows[2 * row].to(tl.float32, bitcast=True) * low_weight
+            total = tl.math.fma(lows[2 * row + 1].to(tl.float32, bitcast=True), next_low_weight, total)
+            total = tl.math.fma(highs[2 * row].to(tl.float32, bitcast=True), high_weight, total)
+            sums = sums + (tl.math.fma(highs[2 * row + 1].to(tl.float32, bitcast=True), next_high_weight, total),)
+    return sums
+
+
+@triton.constexpr_function
+def _group_bits(width):
+    """The bits of a word that belong to its first group: 64 / width of each byte."""
+    return ((1 << 64 // width) - 1) * 0x01010101
+
+
+@triton.jit
+def group_sums(words, low, high, g, PART: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr):
+    """Of rows 2q and 2q + 1 of each tile: the integers of x where codes of the lane's group are 1, as far as the bits
+    that the lane passes hold them; of one block of planes."""
+    SHARED: tl.constexpr = 64 // WIDTH
+    N: tl.constexpr = WIDTH // 8
+    home = g // SHARED * SHARED
+    nothing = tl.zeros_like(g)
+    mask = (nothing + _group_bits(WIDTH)) << home
+    sums = ()
+    for _ in tl.static_range(ROWS // 4):
+        sums = sums + (nothing.to(tl.float32),)
+    for step in tl.static_range(N):
+        turn = tl.where(home + SHARED * step < 8, 32, 8) - SHARED * step
+        low_weight, high_weight = _weights((home + SHARED * step) % 8 + g % SHARED)
+        planes = ()
+        for index in tl.static_range(N):
+            if step == 0:
+                planes = planes + (low[index] & mask, high[index] & mask)
+            else:
+                planes = planes + (plane_bits(low[index], turn, mask, ASM), plane_bits(high[index], turn, mask, ASM))
+        following = ()
+        for tile in tl.static_range(ROWS // 8):
+            counts = (nothing, nothing, nothing, nothing)
+            for pair in tl.static_range(N // 2):
+                counts = count_common(
+                    planes[4 * pair], planes[4 * pair + 1], planes[4 * pair + 2], planes[4 * pair + 3],
+                    words[8 * tile + PART * N + 2 * pair], words[8 * tile + PART * N + 2 * pair + 1], counts, ASM,
+                )  # fmt: skip
+            for row in tl.static_range(2):
+                total = tl.math.fma(counts[row].to(tl.float32, bitcast=True), low_weight, sums[2 * tile + row])
+                total = tl.math.fma(counts[2 + row].to(tl.float32, bitcast=True), high_weight, total)
+                following = following + (total,)
+        sums = following
+    return sums
