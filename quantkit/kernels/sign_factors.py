@@ -16,8 +16,9 @@ from torch.nn.functional import linear
 from quantkit.formats.sign_factors import NAME, SignFactorsSpec
 from quantkit.kernels.planar_matmul import dequantize_rows
 from quantkit.kernels.planar_product import has_planar_product, planar_product
+from quantkit.kernels.ready_row import SignParts, Source, make_ready
 from quantkit.kernels.sign_planar import factor, factor_specs, factors_from_planar, latent_span
-from quantkit.kernels.sign_rows import SignParts, Source, counts_bits, make_ready, sign_rows
+from quantkit.kernels.sign_rows import counts_bits, sign_rows
 from quantkit.kernels.signs import as_rows, prepare, sign_kernels, sign_matmul
 
 _LATENT_COLUMNS = 256

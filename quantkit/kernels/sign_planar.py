@@ -7,7 +7,7 @@ are padded to a multiple of 64 or 128, so that every matrix has a planar form. W
                     u_planar, u_scales, u_counters    U side by side, [out, paths * span], one group per path
                     x_scales      float16 [paths, in, padded]    column scales; 0 in padding
                     z_scales      float32 [paths * span]         latent scales; 0 in padding
-                    x_places, x_factors    [paths, cells]        column scales for one row of x (sign_rows.py)
+                    x_places, x_factors    [paths, cells]        column scales for one row of x (ready_row.py)
                     z_places, z_factors    [paths, cells]        the latents of either path
     sign_salient    planar, sign_scales, sign_zeros, counters    the columns with signs; zeros only with means
                     salient_planar, salient_planar_scales, ...   the `grouped_int` part as `to_planar` leaves it
@@ -31,7 +31,8 @@ from quantkit.formats.sign_factors import SignFactorsSpec
 from quantkit.formats.sign_salient import SALIENT, SignSalientSpec, salient_mask
 from quantkit.formats.spec import with_prefix, without_prefix
 from quantkit.kernels.planar import from_planar, is_planar, padded_groups, to_planar
-from quantkit.kernels.sign_rows import SignParts, has_sign_rows, row_table
+from quantkit.kernels.ready_row import SignParts, row_table
+from quantkit.kernels.sign_rows import has_sign_rows
 
 _COLUMNS = 128  # two planes of the preferred width
 _RANKS = 64  # two planes of half that width

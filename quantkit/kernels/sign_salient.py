@@ -22,8 +22,9 @@ from quantkit.formats.spec import without_prefix
 from quantkit.kernels import grouped_int
 from quantkit.kernels.planar_matmul import dequantize_rows, dequantized_matmul
 from quantkit.kernels.planar_product import has_planar_product, planar_product
+from quantkit.kernels.ready_row import Source, make_ready
 from quantkit.kernels.sign_planar import binary_part, binary_spec, row_signs, salient_from_planar, salient_parts
-from quantkit.kernels.sign_rows import Source, counts_bits, make_ready, sign_rows
+from quantkit.kernels.sign_rows import counts_bits, sign_rows
 from quantkit.kernels.signs import as_rows, prepare, sign_matmul
 
 _SLAB_BYTES = 1 << 28  # of decoded weight at a time

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quantkit.errors import RequestError
 from quantkit.kernels.decode_step import AttentionState, add_norm, attend, gated, new_scratch, rotate
-from quantkit.kernels.sign_rows import Source
+from quantkit.kernels.ready_row import Source
 from quantkit.runtime.sign_stacks import SignStack
 from quantkit.runtime.stacking import stack_linears
 

@@ -10,18 +10,11 @@ from packed_weights import activations, product_and_bound, random_weight, roundi
 from quantkit.formats.grouped_int import pack
 from quantkit.kernels.decode_step import add_norm, gated
 from quantkit.kernels.planar import to_planar
+from quantkit.kernels.ready_row import SignParts, Source, new_ready, ready_launch, row_table
+from quantkit.kernels.ready_row_triton import ready_kernel
 from quantkit.kernels.sign_planar import latent_table
-from quantkit.kernels.sign_rows import (
-    SignParts,
-    SignRowsConfig,
-    Source,
-    has_sign_rows,
-    new_ready,
-    ready_launch,
-    row_table,
-    rows_launch,
-)
-from quantkit.kernels.sign_rows_triton import ready_kernel, sign_rows_kernel
+from quantkit.kernels.sign_rows import SignRowsConfig, has_sign_rows, rows_launch
+from quantkit.kernels.sign_rows_triton import sign_rows_kernel
 
 PLAIN = SignRowsConfig(tiles=1, warps=1, lanes=8)
 

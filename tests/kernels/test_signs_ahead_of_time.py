@@ -11,16 +11,9 @@ import torch
 from quantkit.evaluation.random_weights import random_spec
 from quantkit.formats.sign_salient import SignSalientSpec
 from quantkit.kernels.planar import padded_rows, planar_segments
+from quantkit.kernels.ready_row import SignParts, Source, new_ready, ready_launch, row_table
 from quantkit.kernels.sign_planar import salient_parts, sign_spec
-from quantkit.kernels.sign_rows import (
-    SignParts,
-    Source,
-    choose_sign_rows,
-    new_ready,
-    ready_launch,
-    row_table,
-    rows_launch,
-)
+from quantkit.kernels.sign_rows import choose_sign_rows, rows_launch
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,7 +35,8 @@ def planar_zeros(spec):
 @pytest.mark.parametrize(("out_features", "in_features"), [(16384, 4096), (192, 8192), (192, 14336)])
 def test_signs_beside_integers(compile_for_sm90, out_features, in_features):
     """All words of a program's rows are asked for before x is waited for, sixteen bytes at a time."""
-    from quantkit.kernels.sign_rows_triton import ready_kernel, sign_rows_kernel
+    from quantkit.kernels.ready_row_triton import ready_kernel
+    from quantkit.kernels.sign_rows_triton import sign_rows_kernel
 
     spec = random_spec("ptq161", out_features, in_features)
     assert isinstance(spec, SignSalientSpec)
