@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,12 +25,6 @@ class BitGemvConfig:
     rows: int  # of a tile: 16, 32 or 64
     programs: int | None = None  # that share the tiles, each with x prepared once; None: one for each tile
     ahead: int = 1  # tiles whose words are on their way while one is multiplied, where programs share them: 1 or 2
-
-
-@cache
-def has_bit_products(device: torch.device) -> bool:
-    """Whether the device's tensor cores count common bits: those of sm_80 to sm_90 do."""
-    return device.type == "cuda" and (8, 0) <= torch.cuda.get_device_capability(device) < (10, 0)
 
 
 def is_bit_weight(spec: GroupedIntSpec) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
-from quantkit.kernels.bit_gemv import bit_gemv, has_bit_products, is_bit_weight
-from quantkit.kernels.launch import early_launch
+from quantkit.kernels.bit_gemv import bit_gemv, is_bit_weight
+from quantkit.kernels.launch import counts_bits, early_launch
 from quantkit.kernels.launch_shapes import Subject, device_name, measured_config
 from quantkit.kernels.planar import ROW_TILE, PlanarSegment, is_paired, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
@@ -165,7 +165,7 @@ def gemv(
     """
     n_rows = len(x) if copies is None else 1
     out = torch.empty(n_rows, spec.out_features, dtype=out_dtype or x.dtype, device=x.device)
-    if config is None and is_bit_weight(spec) and has_bit_products(x.device):
+    if config is None and is_bit_weight(spec) and counts_bits(x.device):
         bit_gemv(x, spec, tensors, bias, out, copies, COPY_ROWS)
         return out
     config = config or launch_config(spec, device_name(x.device))

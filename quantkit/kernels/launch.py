@@ -17,3 +17,9 @@ def early_launch(device: torch.device) -> dict[str, bool]:
     """
     able = torch.cuda.get_device_capability(device) >= (9, 0)
     return {"PDL": able, "launch_pdl": able}
+
+
+@cache
+def counts_bits(device: torch.device) -> bool:
+    """Whether the tensor cores count common bits: from sm_80 to sm_90; later ones do it in software."""
+    return device.type == "cuda" and (8, 0) <= torch.cuda.get_device_capability(device) < (10, 0)

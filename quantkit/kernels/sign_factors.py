@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.formats.sign_factors import NAME, SignFactorsSpec
+from quantkit.kernels.launch import counts_bits
 from quantkit.kernels.planar_matmul import dequantize_rows
 from quantkit.kernels.planar_product import has_planar_product, planar_product
 from quantkit.kernels.ready_row import SignParts, Source, make_ready
 from quantkit.kernels.sign_planar import factor, factor_specs, factors_from_planar, latent_span
-from quantkit.kernels.sign_rows import counts_bits, sign_rows
+from quantkit.kernels.sign_rows import sign_rows
 from quantkit.kernels.signs import as_rows, prepare, sign_kernels, sign_matmul
 
 _LATENT_COLUMNS = 256

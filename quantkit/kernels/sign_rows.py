@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -36,12 +35,6 @@ class SignRowsConfig:
     warps: int
     lanes: int = 32
     max_registers: int | None = None
-
-
-@cache
-def counts_bits(device: torch.device) -> bool:
-    """Whether the tensor cores count common bits: from sm_80 to sm_90; later ones do it in software."""
-    return device.type == "cuda" and (8, 0) <= torch.cuda.get_device_capability(device) < (10, 0)
 
 
 def has_sign_rows(parts: SignParts, starts: Sequence[int] = ()) -> bool:

@@ -20,11 +20,12 @@ from quantkit.formats.packing import unpack_bits
 from quantkit.formats.sign_salient import NAME, SALIENT, SignSalientSpec
 from quantkit.formats.spec import without_prefix
 from quantkit.kernels import grouped_int
+from quantkit.kernels.launch import counts_bits
 from quantkit.kernels.planar_matmul import dequantize_rows, dequantized_matmul
 from quantkit.kernels.planar_product import has_planar_product, planar_product
 from quantkit.kernels.ready_row import Source, make_ready
 from quantkit.kernels.sign_planar import binary_part, binary_spec, row_signs, salient_from_planar, salient_parts
-from quantkit.kernels.sign_rows import counts_bits, sign_rows
+from quantkit.kernels.sign_rows import sign_rows
 from quantkit.kernels.signs import as_rows, prepare, sign_matmul
 
 _SLAB_BYTES = 1 << 28  # of decoded weight at a time

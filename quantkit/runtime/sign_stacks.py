@@ -26,11 +26,12 @@ from quantkit.formats.sign_salient import SignSalientSpec, salient_mask
 from quantkit.kernels import grouped_int
 from quantkit.kernels.gather import gather
 from quantkit.kernels.gemv import COPY_ROWS, HALF_TYPES, gemv, has_gemv
+from quantkit.kernels.launch import counts_bits
 from quantkit.kernels.planar import to_planar
 from quantkit.kernels.planar_matmul import dequantize_rows
 from quantkit.kernels.ready_row import SignParts, Source, make_ready, row_table
 from quantkit.kernels.sign_planar import has_planar_form, latent_table, sign_spec
-from quantkit.kernels.sign_rows import counts_bits, has_sign_rows, sign_rows
+from quantkit.kernels.sign_rows import has_sign_rows, sign_rows
 
 _COLUMNS = 128  # columns and latents are padded to a multiple: two planes of the kernels
 

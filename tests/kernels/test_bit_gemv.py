@@ -10,10 +10,10 @@ from quantkit.kernels.bit_gemv import (
     BitGemvConfig,
     bit_gemv_launch,
     choose_bit_gemv,
-    has_bit_products,
     has_one_scale,
     is_bit_weight,
 )
+from quantkit.kernels.launch import counts_bits
 from quantkit.kernels.planar import to_planar
 
 
@@ -69,7 +69,7 @@ def test_blocks_with_one_scale(group_size, n_groups, one):
 
 
 def test_not_on_the_cpu():
-    assert not has_bit_products(torch.device("cpu"))
+    assert not counts_bits(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("group_size", [128, 4096])
