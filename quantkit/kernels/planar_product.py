@@ -94,17 +94,20 @@ def choose_product(n_tokens: int, spec: GroupedIntSpec) -> ProductConfig:
     """The launch shape for a weight and a number of tokens, computed; what was measured: docs/results.md."""
     rows, planes = padded_rows(spec), _planes(spec)
     small = planes < 8  # little of x meets a word
+    narrow = int(all(segment.plane_width < 64 for segment in planar_segments(spec)))  # a stage holds fewer words
     many_codes = any(segment.bits == 3 for segment in planar_segments(spec))
     if n_tokens <= 8 and many_codes:  # or mixed widths: registers are for few rows
         return _shared(ProductConfig(rows=32, warps=2, tokens=8, stages=3, zeros_in_loop=True), rows, 448)
     if n_tokens <= 8 and planes > 2:
-        return _shared(ProductConfig(rows=64, warps=4, tokens=8, stages=3, zeros_in_loop=planes < 16), rows, 512)
+        shape = ProductConfig(rows=64, warps=4, tokens=8, stages=3 + narrow, zeros_in_loop=planes < 16)
+        return _shared(shape, rows, 512)
     if n_tokens <= 16:
-        shape = ProductConfig(rows=64, warps=4, tokens=16, stages=4 if planes == 8 else 3, zeros_in_loop=True)
+        stages = 4 if planes == 8 else 3 + narrow
+        shape = ProductConfig(rows=64, warps=4, tokens=16, stages=stages, zeros_in_loop=True)
         return _shared(shape, rows, 512 if small else 256)
     if planes == 16:
         wide = rows % 128 == 0
-        shape = ProductConfig(rows=128 if wide else 64, warps=8 if wide else 4, tokens=32, stages=2)
+        shape = ProductConfig(rows=128 if wide else 64, warps=8 if wide else 4, tokens=32, stages=2 + narrow)
         return _shared(shape, rows, 128 if wide else 256)
     if n_tokens <= 32:
         stages = 4 if small else 3
