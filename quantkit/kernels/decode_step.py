@@ -16,11 +16,11 @@ from torch import Tensor
 from quantkit.kernels.launch import early_launch
 from quantkit.kernels.planar_matmul import triton_kernels
 
-# Programs of the attention are small, so that they find room beside the products before and after: 128 tokens and 8
-# warps are faster alone and slower in a step (docs/log.md).
-WARPS = 4  # of such a program
-_BLOCK_BYTES = 1 << 13  # of keys, and of values, that it takes at a time
-_MAX_BLOCK = 32  # tokens
+# Programs of the attention are small, so that they find room beside the products before and after: with 128
+# tokens they are faster alone and slower in a step (docs/log.md).
+WARPS = 8  # of such a program
+_BLOCK_BYTES = 1 << 14  # of keys, and of values, that it takes at a time
+_MAX_BLOCK = 64  # tokens
 _ROWS = 16  # query rows of a tile: the tensor core takes no fewer
 _COLUMNS = 1024
 _PICKERS = 64  # programs that look for the largest logit

@@ -137,7 +137,7 @@ def attention_kernel(
     token = split * BLOCK + tl.arange(0, BLOCK)
     place = cached + token[:, None] * HEAD_DIM + columns[None, :]
     position = tl.load(length)
-    if split < 4:  # these do not wait to learn how many tokens there are; what lies behind the last one is masked below
+    if split < 2:  # these do not wait to learn how many tokens there are; what lies behind the last one is masked below
         next_key = tl.load(keys + place, mask=(token < max_length)[:, None], other=0.0)
         next_value = tl.load(values + place, mask=(token < max_length)[:, None], other=0.0)
     else:
