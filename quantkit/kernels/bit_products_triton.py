@@ -92,8 +92,9 @@ def count_common(low, high, next_low, next_high, word, next_word, counts, ASM: t
         TEXT: tl.constexpr = _count_asm()
         operands = [low, high, next_low, next_high, word, next_word, counts[0], counts[1], counts[2], counts[3]]
         layout: tl.constexpr = "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r"
-        types: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-        return tl.inline_asm_elementwise(TEXT, layout, operands, dtype=types, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            TEXT, layout, operands, dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+        )
     else:
         even, odd = _counts(low, word)
         next_even, next_odd = _counts(next_low, next_word)
