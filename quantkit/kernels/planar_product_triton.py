@@ -166,11 +166,6 @@ def _segment_sum(
         WIDTH, GROUP, ZERO, CHAIN, IN_LOOP,
     )  # fmt: skip
     for block in range(first_block, last_block):
-        now = ahead
-        ahead = _chain_numbers(
-            scales, zeros, sums, tokens, n_tokens, block + 1, last_block, first_group, scale_stride, BITS,
-            WIDTH, GROUP, ZERO, CHAIN, IN_LOOP,
-        )  # fmt: skip
         here = words + block * (PARTS * WIDTH)
         first = tl.load(here, eviction_policy="evict_first")
         second = first
@@ -178,6 +173,11 @@ def _segment_sum(
         if PARTS == 3:
             second = tl.load(here + WIDTH, eviction_policy="evict_first")
             third = tl.load(here + 2 * WIDTH, eviction_policy="evict_first")
+        now = ahead
+        ahead = _chain_numbers(
+            scales, zeros, sums, tokens, n_tokens, block + 1, last_block, first_group, scale_stride, BITS,
+            WIDTH, GROUP, ZERO, CHAIN, IN_LOOP,
+        )  # fmt: skip
         for chain in tl.static_range(PLANES // SPAN):
             product = tl.zeros(acc.shape, tl.float32)
             if IN_LOOP and ZERO is not None:
