@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import law
 
 from quantkit.formats.kv_page import (
     PAGE,
@@ -27,6 +28,7 @@ def spec_of(bits: int, heads: int = 2, head_dim: int = 8, **grids: GridSpec) -> 
     return PageSpec(heads=heads, head_dim=head_dim, bits=bits, **{"keys": TOKEN, "values": TOKEN, **grids})
 
 
+@law
 @given(st.sampled_from(WIDTHS), st.integers(1, 300), st.integers(0, 2**32))
 def test_codes_come_back_and_missing_tokens_are_zero(bits: int, n: int, seed: int) -> None:
     spec = spec_of(bits)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import law
 
 from quantkit.algorithms.kv.registry import parse_kv_spec
 from quantkit.formats.kv_page import PAGE
@@ -69,6 +70,7 @@ def test_token_by_token_or_all_at_once_the_same_bytes(spec: str) -> None:
         assert [s.positions for s in other.segments] == [s.positions for s in one.segments]
 
 
+@law
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=6), st.sampled_from([*SPECS, "zipcache:share=0.3"]))
 def test_every_token_is_in_one_place_and_the_newest_in_16_bits(sizes: list[int], spec: str) -> None:
     sequence = cache(spec)
