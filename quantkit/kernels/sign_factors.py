@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.formats.sign_factors import NAME, SignFactorsSpec
+from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.launch import counts_bits
 from quantkit.kernels.planar_matmul import dequantize_rows
 from quantkit.kernels.planar_product import has_planar_product, planar_product
@@ -74,15 +75,13 @@ def planar_matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], 
     if len(x) == 0:
         return x.new_empty(0, spec.out_features)
     v, u = factor_specs(spec)
-    if len(x) == 1 and x.dtype != torch.float32 and counts_bits(x.device):
+    halves = tensors["u_scales"].dtype == torch.float16
+    if len(x) == 1 and halves and has_gemv(x, u) and counts_bits(x.device):
         parts, span = SignParts(signs=v), latent_span(spec)
         ready, numbers, _ = make_ready(Source(x=x), parts, tensors["x_places"], tensors["x_factors"])
         signs = {"words": tensors["v_planar"], "scales": tensors["z_scales"]}
         z = sign_rows(ready, numbers, parts, signs, None, None, x.dtype, range(span, v.out_features, span))
-        parts = SignParts(signs=u)
-        ready, numbers, _ = make_ready(Source(x=z), parts, tensors["z_places"], tensors["z_factors"])
-        signs = {"words": tensors["u_planar"], "scales": tensors["row_scales"]}
-        return sign_rows(ready, numbers, parts, signs, None, bias, x.dtype)
+        return gemv(z, u, factor(tensors, "u_"), bias)
     scaled = prepare(x, None, tensors["x_scales"])
     if not has_planar_product(x, v):
         return _decoded_matmul(scaled, spec, tensors, bias)
@@ -118,17 +117,7 @@ def _decoded_matmul(scaled: Tensor, spec: SignFactorsSpec, tensors: dict[str, Te
 # What `sign_planar.factors_to_planar` holds, in the order of the operator's arguments.
 PLANAR_TENSORS = (
     *("v_planar", "v_scales", "v_counters", "u_planar", "u_scales", "u_counters"),
-    *(
-        "x_scales",
-        "z_scales",
-        "x_places",
-        "x_factors",
-        "z_places",
-        "z_factors",
-        "column_scales",
-        "latent_scales",
-        "row_scales",
-    ),
+    *("x_scales", "z_scales", "x_places", "x_factors", "column_scales", "latent_scales", "row_scales"),
 )
 
 

@@ -8,7 +8,6 @@ are padded to a multiple of 64 or 128, so that every matrix has a planar form. W
                     x_scales      float16 [paths, in, padded]    column scales; 0 in padding
                     z_scales      float32 [paths * span]         latent scales; 0 in padding
                     x_places, x_factors    [paths, cells]        column scales for one row of x (ready_row.py)
-                    z_places, z_factors    [paths, cells]        the latents of either path
     sign_salient    planar, sign_scales, sign_zeros, counters    the columns with signs; zeros only with means
                     salient_planar, salient_planar_scales, ...   the `grouped_int` part as `to_planar` leaves it
                     x_order       int32   [columns as the kernel reads them]; beyond the last column: padding
@@ -105,7 +104,6 @@ def factors_to_planar(spec: SignFactorsSpec, tensors: dict[str, Tensor]) -> dict
     columns = torch.arange(spec.in_features, device=device)
     tables = [row_table(SignParts(signs=v), [columns], [scales]) for scales in tensors["column_scales"]]
     planar["x_places"], planar["x_factors"] = (torch.stack(parts) for parts in zip(*tables, strict=True))
-    planar["z_places"], planar["z_factors"] = latent_table(u, 1, device)
     latents = torch.split(tensors["latent_scales"].float(), list(spec.ranks))
     planar["z_scales"] = torch.cat([pad(scales, (0, span - len(scales))) for scales in latents])
     return planar | {name: tensors[name] for name in ("column_scales", "latent_scales", "row_scales")}

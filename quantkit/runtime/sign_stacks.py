@@ -4,7 +4,7 @@ Siblings differ in what they do to the activations: scales of columns, which col
 copy of the token, and a row of the stack multiplies the copy of its own sibling (`OwnRows`).
 
     sign_salient   slices of the copies -> signs and integers
-    sign_factors   V, with the scales of columns and latents of each path -> U
+    sign_factors   planes of the copies -> V, with the scales of the latents -> (siblings: planes of the latents) -> U
 
 Several tokens (a prompt) are multiplied sibling by sibling, each with its own rows of the stack.
 """
@@ -290,7 +290,8 @@ class FactorStack(SignStack):
         self.register_buffer("factors", factors, persistent=False)
         self.second = SignParts(signs=u)
         latent: tuple[Tensor | None, ...] = (None, None)
-        if has_sign_rows(self.second, [sum(sizes[:number]) for number in range(1, len(sizes))]):
+        starts = [sum(sizes[:number]) for number in range(1, len(sizes))]
+        if starts and has_sign_rows(self.second, starts):  # one alone takes its latents as they are, in one launch
             latent = latent_table(u, len(sizes), device)
         self.register_buffer("z_places", latent[0], persistent=False)
         self.register_buffer("z_factors", latent[1], persistent=False)
