@@ -48,17 +48,12 @@ def _row_warps(segment: PlanarSegment) -> int:
 
 def choose_bit_gemv(spec: GroupedIntSpec, multiprocessors: int) -> BitGemvConfig:
     """The launch shape for a weight (measured on an H200, docs/log.md)."""
-    warps, tiles = _row_warps(planar_segments(spec)[0]), -(-spec.out_features // 32)
-    programs = 2 * multiprocessors
+    warps, one_scale = _row_warps(planar_segments(spec)[0]), has_one_scale(spec)
     if warps > 8:
-        return BitGemvConfig(rows=32)
-    if has_one_scale(spec):
-        if warps > 4:
-            return BitGemvConfig(rows=16, programs=programs, ahead=2)
-        return BitGemvConfig(rows=32, programs=programs, ahead=2 if tiles > programs else 1)
-    if warps > 4:
-        return BitGemvConfig(rows=32, programs=multiprocessors)
-    return BitGemvConfig(rows=32 if tiles > multiprocessors else 16, programs=programs)
+        return BitGemvConfig(rows=64 if one_scale else 32)
+    if one_scale:
+        return BitGemvConfig(rows=16 if warps > 4 else 32, programs=2 * multiprocessors, ahead=2)
+    return BitGemvConfig(rows=32, programs=multiprocessors if warps > 4 else 2 * multiprocessors)
 
 
 def bit_gemv(

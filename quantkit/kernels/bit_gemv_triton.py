@@ -27,40 +27,24 @@ from quantkit.kernels.bit_sums_triton import UNIT, block_sums, group_sums
 from quantkit.kernels.byte_products_triton import TINY, half_to_float, larger_half
 
 
-@triton.constexpr_function
-def _neighbours(width):
-    """Words that a lane loads at a time: four lanes load words of one block of planes, half of it or all."""
-    return 2 if width == 16 else 4
-
-
-@triton.jit
-def _cut(words):
-    """[threads, 2 or 4] to its columns."""
-    if words.shape[1] == 2:
-        return tl.split(words)
-    else:
-        return four(words)
-
-
 @triton.jit
 def _load_words(
     words, first_row, row_words, block, n_blocks, g, q, WIDTH: tl.constexpr, ONE_SCALE: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Of each tile of eight rows, row g: the lane's eight words, as [threads, 2 or 4].
+    """Of each tile of eight rows, row g: the lane's eight words, as [threads, 4] twice.
 
     The rows whose products a lane gets lie side by side: with one scale those that it loads, else 2q and 2q + 1 of
     each tile. ``block`` counts 1024 columns, ``n_blocks`` blocks of planes; no words are there beyond.
     """
-    N: tl.constexpr = _neighbours(WIDTH)
     PARTS: tl.constexpr = 64 // WIDTH
     words += first_row.to(tl.int64) * row_words
     loaded = ()
     for tile in tl.static_range(ROWS // 8):
         row = g * (ROWS // 8) + tile if ONE_SCALE else g // 2 * (ROWS // 4) + 2 * tile + g % 2
-        for piece in tl.static_range(8 // N):
-            start = row * row_words + (block * 32 + piece * (4 * N) + q * N)
-            source = words + tl.multiple_of(start, N)[:, None] + tl.arange(0, N)[None, :]
-            valid = block * PARTS + piece * N * PARTS // 8 < n_blocks
+        for half in tl.static_range(2):
+            start = row * row_words + (block * 32 + half * 16 + q * 4)
+            source = words + tl.multiple_of(start, 4)[:, None] + tl.arange(0, 4)[None, :]
+            valid = block * PARTS + half * PARTS // 2 < n_blocks
             loaded = loaded + (tl.load(source, mask=valid[:, None], other=0, eviction_policy="evict_first"),)
     return loaded
 
@@ -123,15 +107,13 @@ def _of_lanes(value, LARGEST: tl.constexpr, LANES: tl.constexpr, ASM: tl.constex
 @triton.jit
 def _load_x(x, n_columns, block, g, q, WIDTH: tl.constexpr):
     """x at the bits g of the lane's words: columns of even planes for all words, then of odd ones; int32 pairs."""
-    N: tl.constexpr = _neighbours(WIDTH)
-    PIECES: tl.constexpr = WIDTH // 8 // N  # of a block of planes
     loaded = ()
     for part in tl.static_range(64 // WIDTH):
         for byte in tl.static_range(2):
-            for piece in tl.static_range(PIECES):
+            for piece in tl.static_range(WIDTH // 32):
                 plane = block * 1024 + part * (16 * WIDTH) + g * (2 * WIDTH) + byte * WIDTH
-                column = plane + piece * (8 * N) + q * (2 * N)
-                source = x + tl.multiple_of(column // 2, N)[:, None] + tl.arange(0, N)[None, :]
+                column = plane + piece * 32 + q * 8
+                source = x + tl.multiple_of(column // 2, 4)[:, None] + tl.arange(0, 4)[None, :]
                 loaded = loaded + (tl.load(source, mask=(column < n_columns)[:, None], other=0),)
     return loaded
 
@@ -150,7 +132,7 @@ def _prepared_x(
     LANES: tl.constexpr = 32 if ONE_SCALE else 4 * PARTS  # that share a unit
     EXCHANGED: tl.constexpr = 8 if ONE_SCALE else PARTS
     SHARES: tl.constexpr = 4 if ONE_SCALE else PARTS  # lanes that share a row and take a part of its zero off
-    PIECES: tl.constexpr = WIDTH // 4 // _neighbours(WIDTH)
+    PIECES: tl.constexpr = WIDTH // 16
     loaded = _load_x(x, n_columns, block, g, q, WIDTH)
     prepared = ()
     for part in tl.static_range(PARTS):
@@ -158,7 +140,7 @@ def _prepared_x(
         pairs = ()
         for piece in tl.static_range(PIECES):
             largest = larger_half(largest, loaded[part * PIECES + piece], ASM)
-            pairs = pairs + _cut(loaded[part * PIECES + piece])
+            pairs = pairs + four(loaded[part * PIECES + piece])
         top = _of_lanes(tl.max(tl.maximum(largest & 0xFFFF, largest >> 16), 1), True, LANES, ASM)
         top = half_to_float(top, BF16)
         top = tl.where(top < TINY, TINY, top)  # NaN stays
@@ -179,8 +161,8 @@ def _row_products(
     OWN: tl.constexpr = ROWS // 8 if ONE_SCALE else ROWS // 4
     FACTORS: tl.constexpr = (OWN + 3) // 4 * 4  # of a block
     words = ()
-    for index in tl.static_range(ROWS // _neighbours(WIDTH)):
-        words = words + _cut(loaded[index])
+    for index in tl.static_range(ROWS // 4):
+        words = words + four(loaded[index])
     totals = ()
     for _ in tl.static_range(OWN):
         totals = totals + (tl.zeros_like(g).to(tl.float32),)

@@ -225,9 +225,8 @@ def transposed_bits(words, thread, N: tl.constexpr, LANES: tl.constexpr, ASM: tl
     """
     if LANES >= 2:
         words = _exchange_stage(words, thread, N, 4, 1, 0x55555555, ASM)
-    if LANES >= 4:
-        words = _exchange_stage(words, thread, N, 8, 2, 0x33333333, ASM)
     if LANES == 8:
+        words = _exchange_stage(words, thread, N, 8, 2, 0x33333333, ASM)
         words = _exchange_stage(words, thread, N, 16, 4, 0x0F0F0F0F, ASM)
     return words
 
