@@ -3,7 +3,7 @@
 Siblings differ in what they do to the activations: scales of columns, which columns are salient. So each has its own
 copy of the token, and a row of the stack multiplies the copy of its own sibling (`OwnRows`).
 
-    sign_salient   slices of the copies -> signs and integers
+    sign_salient   planes and slices of the copies -> signs and integers
     sign_factors   planes of the copies -> V, with the scales of the latents -> (siblings: planes of the latents) -> U
 
 Several tokens (a prompt) are multiplied sibling by sibling, each with its own rows of the stack.
