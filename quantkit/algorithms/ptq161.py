@@ -205,7 +205,8 @@ def _sign_candidates(binary: Tensor, metric: Tensor) -> Grid:
     base = GRIDS["hessian"](binary, 1, False, metric)
     center = base.scales * (0.5 - base.zeros)
     steps = torch.tensor(_STEPS, dtype=binary.dtype, device=binary.device).unsqueeze(1)
-    scales = storable_scales(steps * base.scales)
+    largest = torch.finfo(torch.float16).max  # where a wider grid cannot be stored, the widest that can be
+    scales = storable_scales((steps * base.scales).clamp_max(largest))
     return Grid(scales, 0.5 - center / scales)
 
 
