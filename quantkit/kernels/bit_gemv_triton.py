@@ -175,7 +175,8 @@ def _row_products(
         following = ()
         for row in tl.static_range(OWN):
             taken = offset * (_factor(offsets, part * FACTORS + row) if ZERO is None else ZERO)
-            product = (sums[row] * UNIT - taken) * unit
+            # spelled out, or the compiler chooses which of two products it rounds, differently from shape to shape
+            product = tl.math.fma(sums[row], UNIT, -taken) * unit
             following = following + (tl.math.fma(product, _factor(factors, part * FACTORS + row), totals[row]),)
         totals = following
     return totals
