@@ -57,13 +57,6 @@ def _dot_asm(mask):
     return "{.reg .b32 t0,t1,t2,t3; .reg .s32 h,l; " + " ".join(lines) + " mad.lo.s32 $0,h,256,l;}"
 
 
-@triton.constexpr_function
-def _word_dot_asm(mask):
-    """PTX: as `_dot_asm`, of one word."""
-    both = "dp4a.u32.s32 h,t,$2,0; dp4a.u32.s32 l,t,$3,0; mad.lo.s32 $0,h,256,l;"
-    return f"{{.reg .b32 t; .reg .s32 h,l; and.b32 t,$1,0x{mask:08x}; {both}}}"
-
-
 # 12583040 = 1.5 * 2**23 + 128: adding it leaves the rounded value + 128 in the last bits. Its second byte is the high
 # slice, its first one the low slice with the sign flipped.
 _TO_SLICES = tl.constexpr(
@@ -82,13 +75,6 @@ def _slice_asm(bf16):
         text += "mov.b32 {u,v},$3; cvt.f32.f16 b,u; cvt.f32.f16 d,v;} "
     for value in "abcd":
         text += f"fma.rn.f32 {value},{value},$4,0f4B400080; "
-    return "{.reg .b32 a,b,c,d,t,s; " + text + _TO_SLICES + "}"
-
-
-@triton.constexpr_function
-def _float_slice_asm():
-    """PTX: the same of four floats."""
-    text = "".join(f"fma.rn.f32 {value},${2 + place},$6,0f4B400080; " for place, value in enumerate("abcd"))
     return "{.reg .b32 a,b,c,d,t,s; " + text + _TO_SLICES + "}"
 
 
@@ -123,20 +109,6 @@ def byte_dot(words, highs, lows, MASK: tl.constexpr, ASM: tl.constexpr):
             code = (words >> (8 * byte)) & (MASK & 0xFF)
             total += code * (256 * _signed_byte(highs, byte) + _signed_byte(lows, byte))
         return tl.sum(total, 1)
-
-
-@triton.jit
-def word_dot(word, high, low, MASK: tl.constexpr, ASM: tl.constexpr):
-    """int32: one word of packed bytes times the slices of its columns; as `byte_dot`, with less for each thread."""
-    if ASM:
-        TEXT: tl.constexpr = _word_dot_asm(MASK)
-        return tl.inline_asm_elementwise(TEXT, "=r,r,r,r", [word, high, low], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        total = tl.zeros_like(word)
-        for byte in tl.static_range(4):
-            code = (word >> (8 * byte)) & (MASK & 0xFF)
-            total += code * (256 * _signed_byte(high, byte) + _signed_byte(low, byte))
-        return total
 
 
 @triton.jit
@@ -183,16 +155,4 @@ def byte_slices(even, odd, inverse, BF16: tl.constexpr, ASM: tl.constexpr):
         b = half_to_float(odd & 0xFFFF, BF16)
         c = half_to_float((even >> 16) & 0xFFFF, BF16)
         d = half_to_float((odd >> 16) & 0xFFFF, BF16)
-        return _slices_of(a, b, c, d, inverse)
-
-
-@triton.jit
-def float_slices(a, b, c, d, inverse, ASM: tl.constexpr):
-    """The same of floats: a column of an even and an odd plane, and the next one of both."""
-    if ASM:
-        TEXT: tl.constexpr = _float_slice_asm()
-        return tl.inline_asm_elementwise(
-            TEXT, "=r,=r,r,r,r,r,r", [a, b, c, d, inverse], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-        )
-    else:
         return _slices_of(a, b, c, d, inverse)
