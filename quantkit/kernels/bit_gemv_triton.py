@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.kernels.bit_products_triton import four, integer_bytes, of_lane_across, transposed_bits
+from quantkit.kernels.bit_products_triton import integer_bytes, of_lane_across, transposed_bits
 from quantkit.kernels.bit_sums_triton import UNIT, block_sums, group_sums
-from quantkit.kernels.byte_products_triton import TINY, half_to_float, larger_half
+from quantkit.kernels.byte_products_triton import TINY, four, half_to_float, larger_half, stacked
 
 
 @triton.jit
@@ -183,18 +183,6 @@ def _row_products(
 
 
 @triton.jit
-def _stacked(values, N: tl.constexpr):
-    """Tuple of [threads] to [threads, N], without leaving registers."""
-    if N == 1:
-        return values[0]
-    else:
-        halves = ()
-        for row in tl.static_range(N // 2):
-            halves = halves + (tl.join(values[row], values[row + N // 2]),)
-        return _stacked(halves, N // 2)
-
-
-@triton.jit
 def _store_rows(
     y, bias, products, first_row, n_rows, HAS_BIAS: tl.constexpr, ONE_SCALE: tl.constexpr, ROWS: tl.constexpr,
     WARPS: tl.constexpr,
@@ -202,10 +190,10 @@ def _store_rows(
     """Sum over warps and the lanes that share a row: those of one g with one scale, else those of one q."""
     OWNERS: tl.constexpr = 8 if ONE_SCALE else 4
     N: tl.constexpr = ROWS // OWNERS
-    stacked = tl.reshape(_stacked(products, N), (WARPS, 8, 4, N))
+    lanes = tl.reshape(stacked(products, N), (WARPS, 8, 4, N))
     if ONE_SCALE:
-        stacked = tl.permute(stacked, (0, 2, 1, 3))
-    total = tl.sum(tl.reshape(stacked, (WARPS * 32 // OWNERS, OWNERS, N)), 0)
+        lanes = tl.permute(lanes, (0, 2, 1, 3))
+    total = tl.sum(tl.reshape(lanes, (WARPS * 32 // OWNERS, OWNERS, N)), 0)
     rows = first_row + tl.arange(0, OWNERS)[:, None] * N + tl.arange(0, N)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + rows, mask=rows < n_rows, other=0.0).to(tl.float32)

@@ -51,15 +51,6 @@ def _integers_asm(bf16):
 
 
 @triton.jit
-def four(words):
-    """[threads, 4] to its four columns, without leaving registers."""
-    evens, odds = tl.split(tl.reshape(words, (words.shape[0], 2, 2)))
-    first, third = tl.split(evens)
-    second, fourth = tl.split(odds)
-    return first, second, third, fourth
-
-
-@triton.jit
 def _ones(word):
     """Number of ones in each int32."""
     word = word.to(tl.uint32, bitcast=True)

@@ -84,7 +84,7 @@ def _signed_byte(word, BYTE: tl.constexpr):
 
 
 @triton.jit
-def _four(words):
+def four(words):
     """[threads, 4] to its four columns, without leaving registers."""
     evens, odds = tl.split(tl.reshape(words, (words.shape[0], 2, 2)))
     first, third = tl.split(evens)
@@ -93,12 +93,24 @@ def _four(words):
 
 
 @triton.jit
+def stacked(values, N: tl.constexpr):
+    """Tuple of [threads] to [threads, N], without leaving registers."""
+    if N == 1:
+        return values[0]
+    else:
+        halves = ()
+        for row in tl.static_range(N // 2):
+            halves = halves + (tl.join(values[row], values[row + N // 2]),)  # noqa: RUF005 - Triton does not unpack
+        return stacked(halves, N // 2)
+
+
+@triton.jit
 def byte_dot(words, highs, lows, MASK: tl.constexpr, ASM: tl.constexpr):
     """int32 [threads]: four words of packed bytes times the slices of their columns, each [threads, 4]."""
     if ASM:
-        w0, w1, w2, w3 = _four(words)
-        h0, h1, h2, h3 = _four(highs)
-        l0, l1, l2, l3 = _four(lows)
+        w0, w1, w2, w3 = four(words)
+        h0, h1, h2, h3 = four(highs)
+        l0, l1, l2, l3 = four(lows)
         TEXT: tl.constexpr = _dot_asm(MASK)
         operands = [w0, w1, w2, w3, h0, h1, h2, h3, l0, l1, l2, l3]
         layout: tl.constexpr = "=r,r,r,r,r,r,r,r,r,r,r,r,r"

@@ -31,6 +31,7 @@ from quantkit.kernels.byte_products_triton import (
     half_to_float,
     larger_half,
     pairs_of,
+    stacked,
 )
 
 
@@ -146,7 +147,7 @@ def _load_tile(
 
 
 @triton.jit
-def _factor(four_rows, ROW: tl.constexpr):
+def row_factor(four_rows, ROW: tl.constexpr):
     """One row's number of four that were loaded as one: float16 of an int64, or a byte of an int32."""
     if four_rows.dtype == tl.int64:
         return (four_rows >> (16 * ROW)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -181,9 +182,9 @@ def _row_sums(
             product = byte_dot(
                 _row_words(loaded, row, pair, BITS), highs[pair], lows[pair], field_mask(BITS, pair), ASM
             )
-            scale = _factor(scales[pair * QUADS + row // 4], row % 4)
+            scale = row_factor(scales[pair * QUADS + row // 4], row % 4)
             if ZERO is None:
-                offset = sums[pair] * _factor(zeros[pair * QUADS + row // 4], row % 4)
+                offset = sums[pair] * row_factor(zeros[pair * QUADS + row // 4], row % 4)
             else:
                 offset = sums[pair] * ZERO
             total += (product.to(tl.float32) * field_unit(BITS, pair) - offset) * scale
@@ -210,20 +211,8 @@ def _tile_sums(loaded, sliced, BITS: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
-def _stacked(totals, ROWS: tl.constexpr):
-    """Tuple of [threads] to [threads, ROWS], without leaving registers."""
-    if ROWS == 1:
-        return totals[0]
-    else:
-        halves = ()
-        for row in tl.static_range(ROWS // 2):
-            halves = halves + (tl.join(totals[row], totals[row + ROWS // 2]),)
-        return _stacked(halves, ROWS // 2)
-
-
-@triton.jit
 def _store_rows(y, bias, totals, first_row, n_rows, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr):
-    total = tl.sum(tl.reshape(_stacked(totals, ROWS), (totals[0].shape[0], ROWS)), 0)
+    total = tl.sum(tl.reshape(stacked(totals, ROWS), (totals[0].shape[0], ROWS)), 0)
     rows = first_row + tl.arange(0, ROWS)
     if HAS_BIAS:
         total += tl.load(bias + rows, mask=rows < n_rows, other=0.0).to(tl.float32)

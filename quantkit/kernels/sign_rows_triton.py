@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.kernels.bit_products_triton import count_common, four
-from quantkit.kernels.byte_products_triton import byte_dot, field_mask, field_unit, pairs_of
-from quantkit.kernels.gemv_triton import _factor, _stacked
+from quantkit.kernels.bit_products_triton import count_common
+from quantkit.kernels.byte_products_triton import byte_dot, field_mask, field_unit, four, pairs_of, stacked
+from quantkit.kernels.gemv_triton import row_factor
 from quantkit.kernels.ready_row_triton import PLANES, WORDS
 
 
@@ -134,10 +134,10 @@ def _multiplied(
         following = ()
         for row in tl.static_range(ROWS):
             product = byte_dot(loaded[row], high, low, field_mask(BITS, pair), ASM).to(tl.float32)
-            factor = _factor(scales[pair * (ROWS // 4) + row // 4], row % 4)
+            factor = row_factor(scales[pair * (ROWS // 4) + row // 4], row % 4)
             zero = ZERO
             if ZERO is None:
-                zero = _factor(zeros[pair * (ROWS // 4) + row // 4], row % 4)
+                zero = row_factor(zeros[pair * (ROWS // 4) + row // 4], row % 4)
             term = (product * field_unit(BITS, pair) - whole * zero) * factor
             following = following + (results[row] + term,)
         results = following
@@ -241,11 +241,11 @@ def sign_rows_kernel(
         places = tl.arange(0, BLOCKS)
         sums_of_blocks = tl.load(numbers + path * n_numbers + n_blocks + places, mask=places < n_blocks, other=0.0)
         whole = tl.sum(sums_of_blocks, 0)
-        counted = tl.reshape(_stacked(shares, 2 * TILES), (WARPS, 8, 4, 2 * TILES))
+        counted = tl.reshape(stacked(shares, 2 * TILES), (WARPS, 8, 4, 2 * TILES))
         # of signs: twice what their bits give, without all
         total += (2 * tl.reshape(tl.sum(tl.sum(counted, 2), 0), (ROWS,)) - whole) * factor[path].to(tl.float32)
         total += whole * means
     if BITS > 0:
-        added = tl.sum(tl.reshape(_stacked(sums, OWN), (THREADS // LANES, LANES, OWN)), 1)
+        added = tl.sum(tl.reshape(stacked(sums, OWN), (THREADS // LANES, LANES, OWN)), 1)
         total += tl.reshape(added, (ROWS,))
     tl.store(y + rows, total.to(y.dtype.element_ty), mask=rows < n_rows)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter_cases import edges_untouched, guarded
+from interpreter_cases import check_sums, hold
 from packed_weights import activations, integer_error, product_and_bound, random_weight, rounding
 
 from quantkit.formats.grouped_int import pack
@@ -126,22 +126,16 @@ def run(weight, x, *, bias=None, out_dtype=torch.float32, rows=16, programs=None
     tensors = to_planar(spec, pack(weight))
     n_rows = len(x) if copies is None else 1
     out = torch.full((n_rows, spec.out_features), float("nan"), dtype=out_dtype)
-    held = {name: guarded(tensor) for name, tensor in {"x": x, "out": out, **tensors}.items()}
-    before = {name: whole.clone() for name, (_, whole) in held.items()}
-    inner = {name: tensor for name, (tensor, _) in held.items()}
+    inner, check_bands = hold({"x": x, "out": out, **tensors})
     grid, arguments = bit_gemv_launch(inner["x"], spec, inner, bias, inner["out"], config, copies, rows)
     bit_gemv_triton.bit_gemv_kernel[grid](**arguments, ASM=False)
-    assert all(edges_untouched(whole, before[name]) for name, (_, whole) in held.items())
-    assert all(torch.equal(inner[name], tensors[name]) for name in tensors)
+    check_bands("out")
     return inner["out"].clone()
 
 
 def check(y, x, weight, bias=None):
     """x within its integers, everything else within the bound of float32 sums."""
-    lost = integer_error(x, weight)
-    product, bound = product_and_bound(x, weight, bias)
-    bound = bound + lost @ weight.dequantize().double().abs().t() + 2.0**-20 * bound
-    assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, y.dtype)).all()
+    check_sums(y, x, weight, integer_error(x, weight), bias)
 
 
 @pytest.mark.parametrize(("dtype", "symmetric"), [(torch.float16, True), (torch.bfloat16, False)])

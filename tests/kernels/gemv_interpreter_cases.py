@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter_cases import edges_untouched, guarded
+from interpreter_cases import check_sums, hold
 from packed_weights import activations, product_and_bound, random_weight, rounding, slice_error
 
 from quantkit.formats.grouped_int import pack
@@ -24,22 +24,16 @@ def run(weight, x, *, bias=None, out_dtype=torch.float32, **shape):
     assert is_paired(spec)
     tensors = to_planar(spec, pack(weight))
     out = torch.full((len(x), spec.out_features), float("nan"), dtype=out_dtype)
-    held = {name: guarded(tensor) for name, tensor in {"x": x, "out": out, **tensors}.items()}
-    before = {name: whole.clone() for name, (_, whole) in held.items()}
-    inner = {name: tensor for name, (tensor, _) in held.items()}
+    inner, check_bands = hold({"x": x, "out": out, **tensors})
     name, grid, arguments = gemv_launch(inner["x"], spec, inner, bias, inner["out"], config)
     getattr(gemv_triton, name)[grid](**arguments, ASM=False)
-    assert all(edges_untouched(whole, before[name]) for name, (_, whole) in held.items())
-    assert all(torch.equal(inner[name], tensors[name]) for name in tensors)
+    check_bands("out")
     return inner["out"].clone()
 
 
 def check(y, x, weight, bias=None):
     """x within its slices, everything else within the bound of float32 sums."""
-    lost = slice_error(x, weight)
-    product, bound = product_and_bound(x, weight, bias)
-    bound = bound + lost @ weight.dequantize().double().abs().t() + 2.0**-20 * bound
-    assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, y.dtype)).all()
+    check_sums(y, x, weight, slice_error(x, weight), bias)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

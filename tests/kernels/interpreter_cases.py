@@ -36,6 +36,27 @@ def edges_untouched(whole: torch.Tensor, reference: torch.Tensor) -> bool:
     return torch.equal(*edges)
 
 
+def hold(buffers):
+    """Every buffer between guard bands, and a function that checks the bands and, byte by byte, what is not written."""
+    held = {name: guarded(tensor) for name, tensor in buffers.items()}
+    before = {name: whole.clone() for name, (_, whole) in held.items()}
+    inner = {name: tensor for name, (tensor, _) in held.items()}
+
+    def check_bands(*written):
+        assert all(edges_untouched(whole, before[name]) for name, (_, whole) in held.items())
+        for name in set(buffers) - set(written):
+            assert torch.equal(inner[name].view(torch.uint8), buffers[name].contiguous().view(torch.uint8))
+
+    return inner, check_bands
+
+
+def check_sums(y, x, weight, lost, bias=None):
+    """Within what is lost of x [m, in], and the bound of float32 sums."""
+    product, bound = product_and_bound(x, weight, bias)
+    bound = bound + lost @ weight.dequantize().double().abs().t() + 2.0**-20 * bound
+    assert ((y.double() - product).abs() <= bound + rounding(product.abs() + bound, y.dtype)).all()
+
+
 def run_product(weight, x, *, tokens=8, splits=1, rows=64, bias=None, out_dtype=torch.float32):
     """The product with a weight, and the number of programs that shared a row tile."""
     config = ProductConfig(
@@ -50,18 +71,13 @@ def guarded_product(x, spec, tensors, config, bias=None, out_dtype=torch.float32
     work = {name: getattr(prepared, name) for name in ("values", "sums", "factors")} | {"partial": partial}
     work["out"] = torch.empty(len(x), spec.out_features, dtype=out_dtype)
     buffers = {"x": x, **{name: torch.full_like(tensor, float("nan")) for name, tensor in work.items()}, **tensors}
-    held = {name: guarded(tensor) for name, tensor in buffers.items()}
-    before = {name: whole.clone() for name, (_, whole) in held.items()}
-    inner = {name: tensor for name, (tensor, _) in held.items()}
+    inner, check_bands = hold(buffers)
     prepared = Prepared(inner["values"], inner["sums"], inner["factors"])
     grid, arguments = prepare_launch(inner["x"], spec, inner, prepared)
     prepare_kernel[grid](**arguments)
     grid, arguments = product_launch(spec, inner, bias, inner["out"], prepared, inner["partial"], config)
     product_kernel[grid](**arguments, ASM=False)
-    assert all(edges_untouched(whole, before[name]) for name, (_, whole) in held.items())
-    unchanged = set(held) - set(work)
-    same = [torch.equal(inner[name].view(torch.uint8), buffers[name].view(torch.uint8)) for name in unchanged]
-    assert all(same)  # the counters are zero again
+    check_bands(*work)  # the counters are zero again
     return inner["out"].clone(), grid[1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter_cases import edges_untouched, guarded, guarded_product
+from interpreter_cases import guarded_product, hold
 from packed_weights import activations
 from sign_weights import random_sign_factors, random_sign_salient
 
@@ -18,18 +18,6 @@ UNIT = 2.0**-24
 HALF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}  # rounding of an operand; the interpreter truncates bfloat16
 
 
-def hold(buffers):
-    """Every buffer between guard bands, and a function that checks the bands and what must not have changed."""
-    held = {name: guarded(tensor) for name, tensor in buffers.items()}
-    before = {name: whole.clone() for name, (_, whole) in held.items()}
-
-    def check(written):
-        assert all(edges_untouched(whole, before[name]) for name, (_, whole) in held.items())
-        assert all(torch.equal(held[name][0], buffers[name]) for name in set(buffers) - set(written))
-
-    return {name: tensor for name, (tensor, _) in held.items()}, check
-
-
 def poisoned(*shape, dtype=torch.float32):
     return torch.full(shape, float("nan"), dtype=dtype)
 
@@ -40,12 +28,12 @@ def prepared(x, order, scales):
     buffers = {"x": x, "scales": scales, "out": poisoned(n_paths * len(x), n, dtype=x.dtype)}
     if order is not None:
         buffers["order"] = order
-    inner, check = hold(buffers)
+    inner, check_bands = hold(buffers)
     prepare_kernel[(n_paths * len(x), -(-n // 64))](
         inner["x"], inner.get("order", inner["scales"]), inner["scales"], inner["out"], len(x), x.shape[1], n,
         ORDERED=order is not None, COLUMNS=64,
     )  # fmt: skip
-    check({"out"})
+    check_bands("out")
     return inner["out"].clone()
 
 
@@ -74,13 +62,13 @@ def factors_product(weight, x, bias=None):
     v, u = factor_specs(spec)
     config = ProductConfig(rows=64, warps=4, tokens=8, stages=2, splits=2)
     latents, _ = guarded_product(scaled, v, factor(tensors, "v_"), config)
-    inner, check = hold(
+    inner, check_bands = hold(
         {"z": latents, "scales": tensors["z_scales"], "out": poisoned(len(x), v.out_features, dtype=x.dtype)}
     )
     latent_kernel[(len(x), -(-v.out_features // 64))](
         inner["z"], inner["scales"], inner["out"], len(x), v.out_features, latent_span(spec), COLUMNS=64
     )
-    check({"out"})
+    check_bands("out")
     return guarded_product(inner["out"].clone(), u, factor(tensors, "u_"), config, bias)[0]
 
 
