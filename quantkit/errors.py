@@ -44,3 +44,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line; its type's name if it says nothing.
+
+    >>> first_line(OSError("no such tensor\\nTraceback: ..."))
+    'no such tensor'
+    """
+    text = str(error).strip()
+    if "trust_remote_code" in text:  # transformers says so in its third line
+        return "the model comes with code of its own; read it, then pass --trust-remote-code (trust_remote_code=True)"
+    return text.partition("\n")[0] or type(error).__name__

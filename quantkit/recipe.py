@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from quantkit.algorithms.registry import METHODS
-from quantkit.errors import FileError, RequestError, did_you_mean
+from quantkit.errors import FileError, RequestError, did_you_mean, first_line
 from quantkit.recipe_rules import BASES, RESTORE_SETTINGS, check
 
 _OPTIONAL: dict[str, type] = {  # may be null
@@ -369,7 +369,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise FileError(f"recipe {path} is not a text file: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
-        raise FileError(f"recipe {path} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise FileError(f"recipe {path} is not valid YAML: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise FileError(f"recipe {path} must be a mapping of settings, such as 'method: gptq'")
     return values

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from quantkit.errors import FileError, RequestError, did_you_mean
+from quantkit.errors import FileError, RequestError, did_you_mean, first_line
 
 NAMES = ("builtin", "wikitext2", "c4")
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -80,7 +80,7 @@ def local_documents(source: str) -> Iterator[str]:
                 n_documents += 1
                 yield text
         except OSError as error:
-            reason = error.strerror or str(error).partition("\n")[0]
+            reason = error.strerror or first_line(error)
             raise FileError(f"{file.name}: cannot be read ({reason})") from error
         if n_documents == 0:
             raise FileError(f"{file.name}: the file is empty; it must hold at least one document")
@@ -188,8 +188,7 @@ def _parquet_documents(path: Path) -> Iterator[str]:
                         raise FileError(f"{path.name}, row {row}: 'text' holds a {kind}; it must be a string")
                     yield text
     except arrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise FileError(f"{path.name}: not a readable parquet file ({reason}); write it again") from error
+        raise FileError(f"{path.name}: not a readable parquet file ({first_line(error)}); write it again") from error
 
 
 def _import_optional(module: str, what: str) -> Any:

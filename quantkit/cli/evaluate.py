@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantkit.cli.options import ADVANCED, Debug, Device, Json, Kv, LoadDtype, Model
+from quantkit.cli.options import ADVANCED, Debug, Device, Json, Kv, LoadDtype, Model, TrustRemoteCode
 from quantkit.cli.screen import busy, duration, no_bars_in_logs, notes, print_json, quiet_libraries, results, table
 from quantkit.errors import FileError
 from quantkit.formats.files import read_json
@@ -92,6 +92,7 @@ def evaluate(
     template: Template = None,
     max_new_tokens: MaxNewTokens = 24,
     dtype: LoadDtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Measure perplexity on text, answers about pictures, the distance to a reference model, and task accuracies."""
@@ -119,6 +120,7 @@ def evaluate(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from quantkit.cli.options import Debug, Device, Json, Kv, LoadDtype, Model, Seed
+from quantkit.cli.options import Debug, Device, Json, Kv, LoadDtype, Model, Seed, TrustRemoteCode
 from quantkit.cli.screen import busy, duration, note, print_json, quiet_libraries
 from quantkit.errors import RequestError
 
@@ -29,6 +29,7 @@ def generate(
     as_json: Json = False,
     dtype: LoadDtype = None,
     seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
     debug: Debug = False,
 ) -> None:
     """Continue a prompt. The text goes to stdout as it comes, the speed to stderr."""
@@ -36,7 +37,7 @@ def generate(
     if kv is not None:
         _check_kv(kv)
     with quiet_libraries():
-        loaded, tokenizer = _load(model, device, dtype)
+        loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
         ids = _encode(prompt, tokenizer, loaded)
         cache = None if kv is None else _kv_cache(loaded, kv)
         began = time.perf_counter()
@@ -70,7 +71,7 @@ def _kv_cache(model: Any, spec: str) -> Any:
     return cache
 
 
-def _load(model: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+def _load(model: str, device: str, dtype: str | None, trust: bool) -> tuple[Any, Any]:
     import torch
 
     from quantkit.runtime.loading import load, load_tokenizer
@@ -78,8 +79,10 @@ def _load(model: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     if dtype is None and (device == "cpu" or (device == "auto" and not torch.cuda.is_available())):
         dtype = "float32"  # half precision is slow on a CPU
     busy(f"loading {model}")
-    tokenizer = load_tokenizer(model)  # first: it is small, and without it the weights are of no use
-    return load(model, device=device, dtype=dtype), tokenizer
+    tokenizer = load_tokenizer(
+        model, trust_remote_code=trust
+    )  # first: it is small, and without it the weights are of no use
+    return load(model, device=device, dtype=dtype, trust_remote_code=trust), tokenizer
 
 
 def _encode(prompt: str, tokenizer: Any, model: Any) -> Any:

@@ -20,7 +20,7 @@ from quantkit.cli.methods import methods
 from quantkit.cli.options import DEBUG_KEY, INTERRUPTED
 from quantkit.cli.quantize import quantize
 from quantkit.cli.screen import note, show_error
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, first_line
 
 
 class Verbs(TyperGroup):
@@ -63,7 +63,7 @@ def _explain(error: Exception) -> str | None:
         where = f" while writing {error.filename}" if error.filename else ""
         return f"disk is full{where}; free some space and run the same command again"
     if isinstance(error, OSError):
-        reason = error.strerror or str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = error.strerror or first_line(error)
         return f"{error.filename}: {reason}" if error.filename else reason
     torch = sys.modules.get("torch")  # an error of torch can only come from a verb that has imported it
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):

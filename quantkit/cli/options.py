@@ -63,6 +63,10 @@ Kv = Annotated[
         help="A quantized KV cache: akvq-vl, zipcache, kivi:bits=2,group=32, int4, ... (docs/kv_cache.md).",
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=ADVANCED),
+]
 Debug = Annotated[
     bool,
     typer.Option(

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit.algorithms.registry import METHODS
-from quantkit.cli.options import ADVANCED, INTERRUPTED, Debug, Device, Json, Model, Seed, parse_bits, parse_bytes
+from quantkit.cli.options import (
+    ADVANCED,
+    INTERRUPTED,
+    Debug,
+    Device,
+    Json,
+    Model,
+    Seed,
+    TrustRemoteCode,
+    parse_bits,
+    parse_bytes,
+)
 from quantkit.cli.screen import (
     busy,
     duration,
@@ -116,7 +127,6 @@ Dtype = Annotated[
 ShardSize = Annotated[
     int, _option("--max-shard-size", help="Largest file of the output.", parser=parse_bytes, metavar="SIZE")
 ]
-TrustRemoteCode = Annotated[bool, _option("--trust-remote-code", help="Run code that comes with the model.")]
 
 
 def quantize(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from quantkit.errors import first_line
 from quantkit.formats.grouped_int import GroupedInt
 
 Product = Callable[..., Tensor]  # (x, *tensors) to y
@@ -58,8 +59,7 @@ def unavailable(peer: Peer) -> str | None:
 
 
 def one_line(error: Exception) -> str:
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}"[:200]
+    return f"{type(error).__name__}: {first_line(error)}"[:200]
 
 
 def dense_weight(dense: Tensor) -> PeerWeight:

@@ -14,7 +14,7 @@ from torch import nn
 from quantkit.algorithms.kv.registry import parse_kv_spec
 from quantkit.calib.datasets import load_evaluation
 from quantkit.calib.sources import source_name
-from quantkit.errors import FileError, RequestError
+from quantkit.errors import FileError, RequestError, first_line
 from quantkit.evaluation.kv import BATCH_SIZE as KV_BATCH_SIZE
 from quantkit.evaluation.kv import STEPS, KvResult, check_window, evaluate_kv
 from quantkit.evaluation.perplexity import TextResult, evaluate_windows
@@ -83,6 +83,7 @@ def evaluate(
     device: str = "auto",
     dtype: str | torch.dtype | None = None,
     batch_size: int | None = None,
+    trust_remote_code: bool = False,
     progress: TextProgress | None = None,
 ) -> EvalReport:
     """Measure perplexity, the distance to a reference model, and task accuracies.
@@ -106,6 +107,7 @@ def evaluate(
         device: for models that are loaded here; ``auto`` is CUDA where there is one, else the CPU.
         dtype: of activations and unpacked weights; None: float32 on a CPU, on a GPU what the model's config says.
         batch_size: per forward pass; None: one window or task document, eight questions.
+        trust_remote_code: allow code from the folders of `model` and `reference` to run.
         progress: called after each batch of each text and folder.
 
     Raises:
@@ -119,24 +121,24 @@ def evaluate(
     if not sources and not folders and not tasks:
         raise RequestError("nothing to evaluate; name a text (data), a folder of pictures (vqa) or a task (tasks)")
     _check_names(sources)
-    config = _config_of(model)
+    config = _config_of(model, trust_remote_code)
     if reference is not None:
-        _check_vocabularies(config, _config_of(reference))
+        _check_vocabularies(config, _config_of(reference, trust_remote_code))
     questions = {folder: read_answered(folder, limit) for folder in folders}
     if folders and not sees_images(config):
         raise RequestError(f"{_name_of(model)}: this model takes no pictures, so vqa cannot be measured")
     if processor is None and (folders or (tasks and sees_images(config) and not isinstance(model, nn.Module))):
-        processor = _processor_of(model)
+        processor = _processor_of(model, trust_remote_code)
     if tokenizer is None and (sources or tasks):
-        tokenizer = _tokenizer_of(model)
+        tokenizer = _tokenizer_of(model, trust_remote_code)
     window = _window(config, seq_len)
     if kv is not None:
         _check_kv(kv, window, kv_steps, sources, folders)
     vocab_size = config.get_text_config().vocab_size
     # All texts before any weight: a text that cannot be read should not cost a model's loading time.
     texts = [load_evaluation(source, tokenizer, window, limit, vocab_size=vocab_size) for source in sources]
-    loaded = _load(model, device, dtype)
-    other = None if reference is None else _load(reference, device, dtype)
+    loaded = _load(model, device, dtype, trust_remote_code)
+    other = None if reference is None else _load(reference, device, dtype, trust_remote_code)
     results = {
         text.name: evaluate_windows(
             loaded, text, reference=other, batch_size=batch_size or 1, progress=_named(progress, text.name)
@@ -204,7 +206,7 @@ def _check_names(sources: Sequence[str]) -> None:
         seen[name] = source
 
 
-def _config_of(model: str | Path | nn.Module) -> Any:
+def _config_of(model: str | Path | nn.Module, trust: bool) -> Any:
     if isinstance(model, nn.Module):
         return model.config
     from transformers import AutoConfig  # imported here: `import quantkit` must not import transformers
@@ -215,26 +217,25 @@ def _config_of(model: str | Path | nn.Module) -> Any:
     if isinstance(source, Path) and not (source / "config.json").is_file():
         raise FileError(f"{source}: no config.json; give the folder of a model")
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FileError(f"{source}: config.json cannot be used: {reason}") from error
+        raise FileError(f"{source}: config.json cannot be used: {first_line(error)}") from error
 
 
-def _tokenizer_of(model: str | Path | nn.Module) -> Any:
+def _tokenizer_of(model: str | Path | nn.Module, trust: bool) -> Any:
     from quantkit.runtime.loading import load_tokenizer
 
     if isinstance(model, nn.Module):
         raise RequestError("a loaded model comes without its tokenizer; pass tokenizer=")
-    return load_tokenizer(model)
+    return load_tokenizer(model, trust_remote_code=trust)
 
 
-def _processor_of(model: str | Path | nn.Module) -> Any:
+def _processor_of(model: str | Path | nn.Module, trust: bool) -> Any:
     from quantkit.runtime.loading import load_processor
 
     if isinstance(model, nn.Module):
         raise RequestError("a loaded model comes without its processor; pass processor=")
-    return load_processor(model)
+    return load_processor(model, trust_remote_code=trust)
 
 
 def _check_vocabularies(config: Any, reference: Any) -> None:
@@ -255,7 +256,7 @@ def _window(config: Any, seq_len: int | None) -> int:
     return seq_len
 
 
-def _load(model: str | Path | nn.Module, device: str, dtype: str | torch.dtype | None) -> nn.Module:
+def _load(model: str | Path | nn.Module, device: str, dtype: str | torch.dtype | None, trust: bool) -> nn.Module:
     from quantkit.runtime.loading import load
 
     if isinstance(model, nn.Module):
@@ -264,7 +265,7 @@ def _load(model: str | Path | nn.Module, device: str, dtype: str | torch.dtype |
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None and device == "cpu":
         dtype = torch.float32  # half precision is slow on a CPU and blurs small differences
-    loaded: nn.Module = load(model, device=device, dtype=dtype)
+    loaded: nn.Module = load(model, device=device, dtype=dtype, trust_remote_code=trust)
     return loaded
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from quantkit.errors import FileError, RequestError, did_you_mean
+from quantkit.errors import FileError, RequestError, did_you_mean, first_line
 
 
 def evaluate_tasks(
@@ -61,10 +61,9 @@ def evaluate_tasks(
             log_samples=False,
         )
     except OSError as error:
-        reason = str(error).partition("\n")[0]
         raise FileError(
-            f"tasks {', '.join(tasks)}: their data cannot be read ({reason}); connect once to fill the cache, "
-            "or pass tasks of your own with include_path"
+            f"tasks {', '.join(tasks)}: their data cannot be read ({first_line(error)}); connect once to fill the "
+            "cache, or pass tasks of your own with include_path"
         ) from error
     return {name: _metrics(entry) for name, entry in (outcome["results"] | outcome.get("groups", {})).items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantkit.errors import FileError
+from quantkit.errors import FileError, first_line
 
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "README.md"]
 
@@ -20,8 +20,7 @@ def download(model_id: str) -> Path:
     try:
         return Path(snapshot_download(model_id, allow_patterns=_WANTED))
     except Exception as error:  # the hub's client raises a dozen unrelated classes; each means: not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileError(
-            f"{model_id}: no such folder here, and it cannot be fetched from the hub ({reason}); "
+            f"{model_id}: no such folder here, and it cannot be fetched from the hub ({first_line(error)}); "
             "check the name, the network, or pass a local folder"
         ) from error

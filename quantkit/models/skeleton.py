@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from quantkit.errors import FileError, NumericalError, RequestError
+from quantkit.errors import FileError, NumericalError, RequestError, first_line
 from quantkit.formats.files import read_json
 from quantkit.formats.safetensors_io import TensorRef, find_tensors, read_tensor
 from quantkit.models.experts import unfuse_experts
@@ -288,4 +288,4 @@ def _build(config: Any, trust_remote_code: bool) -> Any:
 def _first_line(error: BaseException) -> str:
     if isinstance(error.__cause__, TypeError):  # of a field's type; what wraps it says less
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)

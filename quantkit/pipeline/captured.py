@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from quantkit.errors import first_line
+
 _WARM_UP = 3  # passes before recording: libraries allocate and choose in their first ones
 
 
@@ -55,8 +57,8 @@ class Captured:
             self._record(self._input)
         except RuntimeError as error:
             self._graph = None
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"training runs without a CUDA graph, which is slower: {reason}", stacklevel=2)
+            message = f"training runs without a CUDA graph, which is slower: {first_line(error)}"
+            warnings.warn(message, stacklevel=2)
         for parameter, gradient in kept.items():
             assert parameter.grad is not None
             parameter.grad.copy_(gradient)

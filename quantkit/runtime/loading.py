@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import quantkit.runtime.hf  # noqa: F401 - registers the quantizer with transformers
-from quantkit.errors import FileError, RequestError
+from quantkit.errors import FileError, RequestError, first_line
 from quantkit.formats.checkpoint import QUANT_METHOD, find_tensors, open_folder, verify_checksums
 from quantkit.formats.files import read_json
 from quantkit.models.modality import sees_images
@@ -73,9 +73,9 @@ def load(
         with _no_loading_report():
             model, info = model_class.from_pretrained(source, config=config, **options)
     except OSError as error:
-        raise FileError(f"{source}: the model cannot be loaded: {_first_line(error)}") from error
+        raise FileError(f"{source}: the model cannot be loaded: {first_line(error)}") from error
     except ValueError as error:
-        raise RequestError(f"{source}: the model cannot be loaded: {_first_line(error)}") from error
+        raise RequestError(f"{source}: the model cannot be loaded: {first_line(error)}") from error
     _check_complete(source, info)
     loaded: PreTrainedModel = model
     return loaded
@@ -89,7 +89,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise FileError(f"{source}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise FileError(f"{source}: the tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> ProcessorMixin:
@@ -102,7 +102,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Proc
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise FileError(f"{source}: the processor cannot be loaded: {_first_line(error)}") from error
+        raise FileError(f"{source}: the processor cannot be loaded: {first_line(error)}") from error
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise FileError(f"{source}: no processor for pictures (processor_config.json or preprocessor_config.json)")
     return processor
@@ -152,12 +152,12 @@ def _read_config(source: Path | str, options: dict[str, Any]) -> Any:
         return AutoConfig.from_pretrained(source, trust_remote_code=options["trust_remote_code"], **hub)
     except OSError as error:
         if isinstance(source, Path):
-            raise FileError(f"{source}: config.json cannot be used: {_first_line(error)}") from error
+            raise FileError(f"{source}: config.json cannot be used: {first_line(error)}") from error
         raise FileError(
             f"no folder {source} here, and no such model in the local hub cache or on the hub, or no network"
         ) from error
     except (ValueError, KeyError) as error:
-        raise FileError(f"{source}: config.json cannot be used: {_first_line(error)}") from error
+        raise FileError(f"{source}: config.json cannot be used: {first_line(error)}") from error
 
 
 @contextmanager
@@ -210,7 +210,3 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
         raise RequestError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
     return parsed
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
