@@ -20,7 +20,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from quantkit.errors import FileError
 
 Config = TypeVar("Config")
 SHIPPED = Path(__file__).with_name("tuned")
+_SETTINGS = ("QUANTKIT_CACHE_DIR", "XDG_CACHE_HOME", "HOME")
 _TOKENS = (1, 2, 4, 8, 16, 32, 64)  # classes: up to so many
 
 
@@ -71,15 +72,7 @@ def measured_config(kind: type[Config], subject: Subject, device_name: str, ship
         device_name: of the device.
         shipped: folder of the files that come second.
     """
-    for folder in (cache_folder(), shipped):
-        file = folder / _file_name(device_name)
-        row = _rows(file).get(subject.key())
-        if row is not None:
-            try:
-                return kind(**row.shape)
-            except TypeError:
-                _pass_over(file, f"a shape of {subject.kernel} has other fields than this version knows")
-    return None
+    return _looked_up(kind, subject, device_name, shipped, tuple(map(os.environ.get, _SETTINGS)))
 
 
 def remember(rows: list[Row], device_name: str) -> Path:
@@ -89,7 +82,7 @@ def remember(rows: list[Row], device_name: str) -> Path:
         FileError: it cannot be written.
     """
     file = cache_folder() / _file_name(device_name)
-    _rows.cache_clear()
+    _forget()
     known = _rows(file) | {row.subject.key(): row for row in rows}
     shapes = [
         asdict(row.subject)
@@ -105,8 +98,29 @@ def remember(rows: list[Row], device_name: str) -> Path:
         temporary.replace(file)
     except OSError as error:
         raise FileError(f"{file}: cannot be written ({error.strerror}); set QUANTKIT_CACHE_DIR to a folder") from error
-    _rows.cache_clear()
+    _forget()
     return file
+
+
+@lru_cache(maxsize=4096)  # every product asks, and paths take longer to build than a small product runs
+def _looked_up(
+    kind: type[Config], subject: Subject, device_name: str, shipped: Path, settings: tuple[str | None, ...]
+) -> Config | None:
+    """`measured_config` under these ``settings`` of the environment, on which `cache_folder` depends."""
+    for folder in (cache_folder(), shipped):
+        file = folder / _file_name(device_name)
+        row = _rows(file).get(subject.key())
+        if row is not None:
+            try:
+                return kind(**row.shape)
+            except TypeError:
+                _pass_over(file, f"a shape of {subject.kernel} has other fields than this version knows")
+    return None
+
+
+def _forget() -> None:
+    _rows.cache_clear()
+    _looked_up.cache_clear()
 
 
 def cache_folder() -> Path:
