@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from importlib.util import find_spec
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -17,6 +18,22 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, metavar="N", 
 Temperature = Annotated[
     float, typer.Option(min=0, metavar="T", help="0 takes the most likely token; 1 samples as the model says.")
 ]
+# Fields of a generation config that do not change which token is the most likely one.
+_WITHOUT_EFFECT = {
+    "bos_token_id",
+    "cache_implementation",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "pad_token_id",
+    "temperature",
+    "top_k",
+    "top_p",
+    "transformers_version",
+    "use_cache",
+    "_from_model_config",
+}
 
 
 def generate(
@@ -39,9 +56,15 @@ def generate(
     with quiet_libraries():
         loaded, tokenizer = _load(model, device, dtype, trust_remote_code)
         ids = _encode(prompt, tokenizer, loaded)
+        max_new_tokens = _that_fit(loaded, ids, max_new_tokens)
         cache = None if kv is None else _kv_cache(loaded, kv)
+        streamer = None if as_json else _streamer(tokenizer, out)
+        decoder = _decoder(loaded, ids, max_new_tokens) if temperature == 0 and cache is None else None
         began = time.perf_counter()
-        new_ids = _continue(loaded, tokenizer, ids, max_new_tokens, temperature, seed, None if as_json else out, cache)
+        if decoder is not None:
+            new_ids = _stream(decoder, loaded, ids, max_new_tokens, streamer)
+        else:
+            new_ids = _continue(loaded, tokenizer, ids, max_new_tokens, temperature, seed, streamer, cache)
         seconds = time.perf_counter() - began
     speed = len(new_ids) / seconds
     if as_json:
@@ -98,6 +121,49 @@ def _encode(prompt: str, tokenizer: Any, model: Any) -> Any:
     return torch.tensor([ids], device=next(model.parameters()).device)
 
 
+def _that_fit(model: Any, ids: Any, max_new_tokens: int) -> int:
+    """The number of new tokens that the model's limit leaves room for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or ids.shape[1] + max_new_tokens <= limit:
+        return max_new_tokens
+    fit: int = limit - ids.shape[1]
+    note(f"the model's limit is {limit} tokens: generating at most {fit}")
+    return fit
+
+
+def _decoder(model: Any, ids: Any, max_new_tokens: int) -> Any:
+    """On a GPU, the fused step in a CUDA graph (runtime/graphs.py), if the model has one; else None.
+
+    The model is taken apart for it. A generation config that changes which token is taken is left to ``generate``.
+    """
+    from quantkit.runtime.fused_steps import why_not
+    from quantkit.runtime.graphs import GraphDecoder
+
+    changes = set(model.generation_config.to_diff_dict()) - _WITHOUT_EFFECT
+    if model.device.type != "cuda" or find_spec("triton") is None or changes or why_not(model) is not None:
+        return None
+    busy("recording a decoding step")
+    decoder = GraphDecoder(model, ids.shape[1] + max_new_tokens, fuse=True)
+    decoder.prepare()
+    return decoder
+
+
+def _stream(decoder: Any, model: Any, ids: Any, max_new_tokens: int, streamer: Any) -> list[int]:
+    """The ids that follow, from a `GraphDecoder`."""
+    import torch
+
+    if streamer is not None:
+        streamer.put(ids.cpu())  # the prompt, which it skips
+    new_ids = []
+    for token in decoder.stream(ids, max_new_tokens, model.generation_config.eos_token_id):
+        new_ids.append(token)
+        if streamer is not None:
+            streamer.put(torch.tensor([token]))
+    if streamer is not None:
+        streamer.end()
+    return new_ids
+
+
 def _continue(
     model: Any,
     tokenizer: Any,
@@ -105,16 +171,12 @@ def _continue(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    out: TextIO | None,
+    streamer: Any,
     cache: Any = None,
 ) -> list[int]:
-    """The ids that follow; their text goes to ``out`` as it comes. ``cache``: None for the stock KV cache."""
+    """The ids that follow, from the model's own ``generate``. ``cache``: None for the stock KV cache."""
     import torch
 
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and ids.shape[1] + max_new_tokens > limit:
-        max_new_tokens = limit - ids.shape[1]
-        note(f"the model's limit is {limit} tokens: generating at most {max_new_tokens}")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     devices = [ids.device] if ids.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
@@ -124,7 +186,7 @@ def _continue(
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=_streamer(tokenizer, out) if out is not None else None,
+            streamer=streamer,
             past_key_values=cache,
             **sampling,
         )

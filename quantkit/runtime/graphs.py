@@ -11,7 +11,7 @@ the number of cached tokens and the cache, which `transformers.StaticCache` allo
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +20,6 @@ from torch import Tensor
 from quantkit.errors import RequestError
 from quantkit.kernels.decode_step import PickScratch, pick
 from quantkit.runtime.fused_steps import FusedSteps
-
-_CHECK_EVERY = 16  # steps between two looks at the tokens for the end of the text: a look waits for the device
 
 
 class Steps(Protocol):
@@ -124,8 +122,21 @@ class GraphDecoder:
             self._graph.replay()
         self.logits = self._graph_logits
 
-    def generate(self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | None = None) -> Tensor:
-        """``[1, n]`` to ``[1, n + new]``, on the CPU; ends after ``eos_token_id`` or ``max_new_tokens``.
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | Collection[int] | None = None
+    ) -> Tensor:
+        """``[1, n]`` to ``[1, n + new]``, on the CPU; ends after ``max_new_tokens`` or (one of) ``eos_token_id``.
+
+        Raises:
+            RequestError: prompt and continuation do not fit into ``max_length``.
+        """
+        new = list(self.stream(input_ids, max_new_tokens, eos_token_id))
+        return torch.cat([input_ids.cpu(), torch.tensor([new], dtype=torch.long)], 1)
+
+    def stream(
+        self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | Collection[int] | None = None
+    ) -> Iterator[int]:
+        """The tokens of `generate`, each as soon as it is there; the device makes the next one meanwhile.
 
         Raises:
             RequestError: prompt and continuation do not fit into ``max_length``.
@@ -133,20 +144,38 @@ class GraphDecoder:
         if input_ids.shape[-1] + max_new_tokens > self.max_length:
             found = f"{input_ids.shape[-1]} + {max_new_tokens} tokens"
             raise RequestError(f"{found} do not fit into max_length {self.max_length}; make it larger")
+        ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
         self.prefill(input_ids)
-        found_tokens = torch.zeros(max_new_tokens, dtype=torch.long, device=self.device)
-        made = 0
-        while made < max_new_tokens:
-            if made:
+        for made in range(1, max_new_tokens + 1):
+            read = self._read_later()
+            if made < max_new_tokens:
                 self.step()
-            found_tokens[made] = self.token[0, 0]
-            made += 1
-            if eos_token_id is not None and (made % _CHECK_EVERY == 0 or made == max_new_tokens):
-                ends = (found_tokens[:made] == eos_token_id).nonzero()
-                if len(ends):
-                    made = int(ends[0]) + 1
-                    break
-        return torch.cat([input_ids.cpu(), found_tokens[None, :made].cpu()], 1)
+            token = read()
+            yield token
+            if token in ends:
+                return
+
+    def prepare(self) -> None:
+        """Record the graph now instead of with the first step, so that `stream` starts without a pause."""
+        if self.device.type == "cuda" and self._graph is None:
+            with torch.inference_mode():
+                self._record()
+
+    def _read_later(self) -> Callable[[], int]:
+        """Begin to copy the token to the host; the function that is returned waits for it, and for nothing after it."""
+        if self.device.type != "cuda":
+            token = int(self.token)
+            return lambda: token
+        copy = torch.empty(1, dtype=torch.long, pin_memory=True)
+        copy.copy_(self.token[0], non_blocking=True)
+        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        there.record(torch.cuda.current_stream(self.device))
+
+        def read() -> int:
+            there.synchronize()
+            return int(copy)
+
+        return read
 
     def _step(self) -> None:
         self.logits = self.steps.step(self.token)

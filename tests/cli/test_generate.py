@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+import torch
 from cli_runs import Inputs, quantkit
 
 
@@ -85,3 +87,21 @@ def test_a_packed_model_with_a_packed_cache(packed: Path) -> None:
     result = quantkit(*flags, "--kv", "akvq-vl:window=8", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["new_tokens"] == 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_step_is_a_graph() -> None:
+    """Without a KV policy and sampling; the tokens are those of the decoder, to the end of the text."""
+    from quantkit.runtime.graphs import GraphDecoder
+    from quantkit.runtime.loading import load, load_tokenizer
+
+    arguments = ("generate", "demo", "--prompt", "def main():", "--max-new-tokens", 40, "--device", "cuda")
+    streamed, whole = quantkit(*arguments), quantkit(*arguments, "--json")
+    assert streamed.stdout == whole.json["text"] + "\n"
+    tokenizer, model = load_tokenizer("demo"), load("demo", device="cuda")
+    ids = tokenizer("def main():", return_tensors="pt").input_ids
+    found = GraphDecoder(model, 64, fuse=True).generate(ids, 40, model.generation_config.eos_token_id)
+    new = found[0, ids.shape[1] :].tolist()
+    assert whole.json["new_tokens"] == len(new)
+    assert whole.json["text"] == tokenizer.decode(new, skip_special_tokens=True)

@@ -43,6 +43,17 @@ def test_it_ends_after_the_end_of_the_text():
     for token in set(new):
         found = GraphDecoder(model, 32).generate(PROMPT, 20, eos_token_id=token)
         assert torch.equal(found, expected[:, : 5 + new.index(token) + 1])
+    several = GraphDecoder(model, 32).generate(PROMPT, 20, eos_token_id=[new[9], new[7]])
+    assert torch.equal(several, expected[:, : 5 + min(new.index(new[9]), new.index(new[7])) + 1])
+
+
+def test_tokens_come_one_by_one():
+    model = model_of(None)
+    decoder = GraphDecoder(model, 32)
+    tokens = decoder.stream(PROMPT, 20)
+    first = [next(tokens) for _ in range(6)]
+    assert decoder.steps.n_tokens() == 5 + 6  # the one that follows is there already
+    assert first + list(tokens) == reference(model, 20)[0, 5:].tolist()
 
 
 def test_logits_of_a_step_are_those_of_the_whole_text():
@@ -124,6 +135,7 @@ def test_a_graph_replays_the_eager_step_bit_for_bit(format):
     eager = GraphDecoder(model, 64)
     eager.prefill(PROMPT)
     graphed = GraphDecoder(model, 64)
+    graphed.prepare()
     graphed.prefill(PROMPT)
     for _ in range(20):
         with torch.inference_mode():
