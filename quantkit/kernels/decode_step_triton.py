@@ -27,9 +27,13 @@ def add_norm_kernel(
     residual, update, weight, out, n, eps, HAS_UPDATE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """residual += update; out = weight * RMS norm of residual. One program per row of n numbers."""
-    take_turn(PDL)
     columns = tl.arange(0, BLOCK)
     inside = columns < n
+    if PDL:
+        gdc_launch_dependents()
+    gain = tl.load(weight + columns, mask=inside, other=0.0)  # far away in memory, and there before the step began
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64) * n
     x = tl.load(residual + row + columns, mask=inside, other=0.0)
     if HAS_UPDATE:
@@ -38,8 +42,7 @@ def add_norm_kernel(
     wide = x.to(tl.float32)
     factor = tl.rsqrt(tl.sum(wide * wide, 0) / n + eps)
     normal = (wide * factor).to(x.dtype).to(tl.float32)
-    scaled = normal * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row + columns, scaled.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row + columns, (normal * gain.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
