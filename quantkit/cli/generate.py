@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from importlib.util import find_spec
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -132,19 +131,18 @@ def _that_fit(model: Any, ids: Any, max_new_tokens: int) -> int:
 
 
 def _decoder(model: Any, ids: Any, max_new_tokens: int) -> Any:
-    """On a GPU, the fused step in a CUDA graph (runtime/graphs.py), if the model has one; else None.
+    """On a GPU, steps in a CUDA graph, if the model allows it (and is taken apart for it then); else None.
 
-    The model is taken apart for it. A generation config that changes which token is taken is left to ``generate``.
+    A generation config that changes which token is taken is left to ``generate``.
     """
-    from quantkit.runtime.fused_steps import why_not
-    from quantkit.runtime.graphs import GraphDecoder
+    from quantkit.runtime.graphs import fastest_decoder
 
-    changes = set(model.generation_config.to_diff_dict()) - _WITHOUT_EFFECT
-    if model.device.type != "cuda" or find_spec("triton") is None or changes or why_not(model) is not None:
+    if set(model.generation_config.to_diff_dict()) - _WITHOUT_EFFECT:
         return None
-    busy("recording a decoding step")
-    decoder = GraphDecoder(model, ids.shape[1] + max_new_tokens, fuse=True)
-    decoder.prepare()
+    decoder = fastest_decoder(model, ids.shape[1] + max_new_tokens)
+    if decoder is not None:
+        busy("recording a decoding step")
+        decoder.prepare()
     return decoder
 
 

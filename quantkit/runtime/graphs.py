@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Collection, Iterator
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from quantkit.errors import RequestError
 from quantkit.kernels.decode_step import PickScratch, pick
-from quantkit.runtime.fused_steps import FusedSteps
+from quantkit.runtime.fused_steps import FusedSteps, why_not
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs of mixtures of experts have
 
 
 class Steps(Protocol):
@@ -35,7 +38,8 @@ class StaticSteps:
     """The model's own forward on a `transformers.StaticCache`.
 
     Raises:
-        RequestError: the model has layers without a static cache.
+        RequestError: the model has layers without a static cache, or with sliding windows shorter than ``max_length``:
+            what such a layer does depends on the length of the text, and it cannot forget what it overwrote.
     """
 
     def __init__(self, model: Any, max_length: int, compile: bool = False) -> None:
@@ -44,6 +48,12 @@ class StaticSteps:
         self.cache = StaticCache(config=model.config, max_cache_len=max_length)
         if not all(hasattr(layer, "cumulative_length") for layer in self.cache.layers):
             raise RequestError(f"{type(model).__name__} has layers without a static cache; use model.generate")
+        windows = [layer.max_cache_len for layer in self.cache.layers if layer.is_sliding]
+        if min(windows, default=max_length) < max_length:
+            raise RequestError(
+                f"{type(model).__name__} attends to windows of {min(windows)} tokens, max_length is {max_length}; "
+                "make it as short, or use model.generate"
+            )
         self.model = model
         self.forward: Callable[..., Any] = torch.compile(model.forward, fullgraph=True) if compile else model.forward
 
@@ -60,6 +70,8 @@ class StaticSteps:
         """Forget what is cached beyond ``n_tokens``."""
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(n_tokens)
+            if layer.is_sliding:
+                layer.cumulative_length_int = n_tokens  # counted on the host too
 
     def n_tokens(self) -> int:
         """Cached tokens; waits for the device."""
@@ -69,6 +81,23 @@ class StaticSteps:
         output = forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+def fastest_decoder(model: Any, max_length: int) -> GraphDecoder | None:
+    """A decoder with a graph: of the fused step if the model has one, else of its own forward.
+
+    None where neither can be recorded: without a CUDA device or Triton, for models with pictures, for mixtures of
+    experts (the host decides which experts compute), and where the class says so.
+    """
+    config = model.config
+    if model.device.type != "cuda" or find_spec("triton") is None or hasattr(config, "vision_config"):
+        return None
+    if any(hasattr(config, name) for name in _EXPERTS):
+        return None
+    try:
+        return GraphDecoder(model, max_length, fuse=why_not(model) is None)
+    except RequestError:
+        return None
 
 
 class GraphDecoder:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from packed_models import pack_folder
 from small_llama import PROMPT, SHAPE
-from tiny_models import tiny_model
+from tiny_models import FAMILIES, tiny_model
 from transformers import CompileConfig
 
 from quantkit.errors import RequestError
 from quantkit.evaluation.random_models import random_llama
-from quantkit.runtime.graphs import GraphDecoder
+from quantkit.runtime.graphs import GraphDecoder, StaticSteps, fastest_decoder
 from quantkit.runtime.loading import load
 from quantkit.runtime.packed_linear import PackedLinear
 
@@ -21,7 +21,11 @@ def model_of(format, device="cpu", dtype=torch.float32):
 
 
 def reference(model, n_tokens):
-    ids = PROMPT.to(model.device)
+    return reference_from(model, PROMPT, n_tokens)
+
+
+def reference_from(model, ids, n_tokens):
+    ids = ids.to(model.device)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, **options).cpu()
 
@@ -45,6 +49,21 @@ def test_it_ends_after_the_end_of_the_text():
         assert torch.equal(found, expected[:, : 5 + new.index(token) + 1])
     several = GraphDecoder(model, 32).generate(PROMPT, 20, eos_token_id=[new[9], new[7]])
     assert torch.equal(several, expected[:, : 5 + min(new.index(new[9]), new.index(new[7])) + 1])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_sliding_windows(family, tmp_path):
+    """As long as the window covers the text, also the second one; a longer text is refused."""
+    model = load(tiny_model(family, tmp_path), dtype="float32")  # windows of 64 tokens
+    decoder = GraphDecoder(model, 64)
+    for ids in (torch.arange(20, 29)[None], torch.arange(40, 60)[None]):
+        assert torch.equal(decoder.generate(ids, 30), reference_from(model, ids, 30))
+    with pytest.raises(RequestError, match="windows of 64 tokens, max_length is 65; make it as short, or use"):
+        GraphDecoder(model, 65)
+
+
+def test_no_fast_decoder_without_a_gpu():
+    assert fastest_decoder(model_of(None), 32) is None
 
 
 def test_tokens_come_one_by_one():
@@ -115,13 +134,32 @@ def test_generate_compiles_the_step_of_a_packed_folder(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.filterwarnings("default")  # torch's compiler warns of itself: imports, TensorFloat32, its empty first graph
+@pytest.mark.filterwarnings(
+    "default"
+)  # torch's compiler warns of its own imports, advice and empty graphs
 def test_generate_on_a_static_cache_on_a_gpu(tmp_path):
     model = load(pack_folder(tiny_model("llama", tmp_path / "model"), tmp_path).packed, device="cuda", dtype="float32")
     ids = torch.arange(20, 28, device="cuda")[None]
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, **options, cache_implementation="static"), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fastest_decoder_of_every_family(family, tmp_path):
+    folder = pack_folder(tiny_model(family, tmp_path / "model"), tmp_path).packed
+    model = load(folder, device="cuda", dtype="float32")
+    ids = torch.arange(20, 29)[None]
+    expected = reference_from(model, ids, 40)
+    decoder = fastest_decoder(model, 64)
+    assert (decoder is None) == (family == "qwen3_moe")
+    if decoder is not None:
+        assert isinstance(decoder.steps, StaticSteps) == (family not in ("llama", "mistral", "qwen2"))
+        decoder.prepare()
+        for _ in range(2):
+            assert torch.equal(decoder.generate(ids, 40), expected)
 
 
 @pytest.mark.gpu
