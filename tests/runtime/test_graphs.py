@@ -134,9 +134,7 @@ def test_generate_compiles_the_step_of_a_packed_folder(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.filterwarnings(
-    "default"
-)  # torch's compiler warns of its own imports, advice and empty graphs
+@pytest.mark.filterwarnings("default")  # torch's compiler warns of its own imports, advice and empty graphs
 def test_generate_on_a_static_cache_on_a_gpu(tmp_path):
     model = load(pack_folder(tiny_model("llama", tmp_path / "model"), tmp_path).packed, device="cuda", dtype="float32")
     ids = torch.arange(20, 28, device="cuda")[None]
