@@ -17,8 +17,8 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, metavar="N", 
 Temperature = Annotated[
     float, typer.Option(min=0, metavar="T", help="0 takes the most likely token; 1 samples as the model says.")
 ]
-# Fields of a generation config that do not change which token is the most likely one.
-_WITHOUT_EFFECT = {
+# Fields of a generation config that a decoder with a graph heeds, or that change no token.
+_HEEDED = {
     "bos_token_id",
     "cache_implementation",
     "do_sample",
@@ -58,10 +58,10 @@ def generate(
         max_new_tokens = _that_fit(loaded, ids, max_new_tokens)
         cache = None if kv is None else _kv_cache(loaded, kv)
         streamer = None if as_json else _streamer(tokenizer, out)
-        decoder = _decoder(loaded, ids, max_new_tokens) if temperature == 0 and cache is None else None
+        decoder = _decoder(loaded, ids, max_new_tokens) if cache is None else None
         began = time.perf_counter()
         if decoder is not None:
-            new_ids = _stream(decoder, loaded, ids, max_new_tokens, streamer)
+            new_ids = _stream(decoder, loaded.generation_config, ids, max_new_tokens, temperature, seed, streamer)
         else:
             new_ids = _continue(loaded, tokenizer, ids, max_new_tokens, temperature, seed, streamer, cache)
         seconds = time.perf_counter() - began
@@ -133,11 +133,11 @@ def _that_fit(model: Any, ids: Any, max_new_tokens: int) -> int:
 def _decoder(model: Any, ids: Any, max_new_tokens: int) -> Any:
     """On a GPU, steps in a CUDA graph, if the model allows it (and is taken apart for it then); else None.
 
-    A generation config that changes which token is taken is left to ``generate``.
+    A generation config that asks for more than temperature, top_k and top_p is left to ``generate``.
     """
     from quantkit.runtime.graphs import fastest_decoder
 
-    if set(model.generation_config.to_diff_dict()) - _WITHOUT_EFFECT:
+    if set(model.generation_config.to_diff_dict()) - _HEEDED:
         return None
     decoder = fastest_decoder(model, ids.shape[1] + max_new_tokens)
     if decoder is not None:
@@ -146,17 +146,24 @@ def _decoder(model: Any, ids: Any, max_new_tokens: int) -> Any:
     return decoder
 
 
-def _stream(decoder: Any, model: Any, ids: Any, max_new_tokens: int, streamer: Any) -> list[int]:
+def _stream(
+    decoder: Any, config: Any, ids: Any, max_new_tokens: int, temperature: float, seed: int, streamer: Any
+) -> list[int]:
     """The ids that follow, from a `GraphDecoder`."""
     import torch
 
+    from quantkit.runtime.sampling import sampler
+
+    choose = sampler(config, temperature) if temperature > 0 else None
     if streamer is not None:
         streamer.put(ids.cpu())  # the prompt, which it skips
     new_ids = []
-    for token in decoder.stream(ids, max_new_tokens, model.generation_config.eos_token_id):
-        new_ids.append(token)
-        if streamer is not None:
-            streamer.put(torch.tensor([token]))
+    with torch.random.fork_rng(devices=[ids.device]):
+        torch.manual_seed(seed)
+        for token in decoder.stream(ids, max_new_tokens, config.eos_token_id, choose):
+            new_ids.append(token)
+            if streamer is not None:
+                streamer.put(torch.tensor([token]))
     if streamer is not None:
         streamer.end()
     return new_ids

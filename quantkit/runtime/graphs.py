@@ -1,4 +1,4 @@
-"""Greedy decoding with one CUDA graph: a step of a transformers model on a static cache, recorded once and replayed.
+"""Decoding with one CUDA graph: a step of a transformers model on a static cache, recorded once and replayed.
 
     decoder = GraphDecoder(model, max_length=1024, fuse=True)
     ids = decoder.generate(prompt_ids, max_new_tokens=100)
@@ -101,7 +101,8 @@ def fastest_decoder(model: Any, max_length: int) -> GraphDecoder | None:
 
 
 class GraphDecoder:
-    """One sequence, the most probable token each time. On the CPU the same steps run without a graph.
+    """One sequence, the most probable token each time, or one that `stream` is told how to choose. On the CPU the same
+    steps run without a graph.
 
     Args:
         model: a causal language model, packed or not, wholly on one device.
@@ -163,9 +164,18 @@ class GraphDecoder:
         return torch.cat([input_ids.cpu(), torch.tensor([new], dtype=torch.long)], 1)
 
     def stream(
-        self, input_ids: Tensor, max_new_tokens: int, eos_token_id: int | Collection[int] | None = None
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        eos_token_id: int | Collection[int] | None = None,
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> Iterator[int]:
         """The tokens of `generate`, each as soon as it is there; the device makes the next one meanwhile.
+
+        Args:
+            input_ids, max_new_tokens, eos_token_id: see `generate`.
+            choose: logits ``[1, vocabulary]`` to the next token ``[1, 1]``, such as a `sampling.sampler`; None: the
+                most probable one.
 
         Raises:
             RequestError: prompt and continuation do not fit into ``max_length``.
@@ -176,6 +186,10 @@ class GraphDecoder:
         ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
         self.prefill(input_ids)
         for made in range(1, max_new_tokens + 1):
+            if choose is not None:
+                assert self.logits is not None
+                with torch.inference_mode():
+                    self.token.copy_(choose(self.logits))
             read = self._read_later()
             if made < max_new_tokens:
                 self.step()

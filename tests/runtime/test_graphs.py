@@ -14,6 +14,7 @@ from quantkit.evaluation.random_models import random_llama
 from quantkit.runtime.graphs import GraphDecoder, StaticSteps, fastest_decoder
 from quantkit.runtime.loading import load
 from quantkit.runtime.packed_linear import PackedLinear
+from quantkit.runtime.sampling import sampler
 
 
 def model_of(format, device="cpu", dtype=torch.float32):
@@ -60,6 +61,24 @@ def test_sliding_windows(family, tmp_path):
         assert torch.equal(decoder.generate(ids, 30), reference_from(model, ids, 30))
     with pytest.raises(RequestError, match="windows of 64 tokens, max_length is 65; make it as short, or use"):
         GraphDecoder(model, 65)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "settings"), [(1.0, {}), (0.7, {"top_k": 5}), (1.3, {"top_k": 0, "top_p": 0.8})]
+)
+def test_sampling_is_that_of_generate(temperature, settings):
+    """The same seed, the same tokens."""
+    model = model_of(None)
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    options = {"do_sample": True, "temperature": temperature, "eos_token_id": None, "pad_token_id": 0}
+    torch.manual_seed(3)
+    expected = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=20, **options)
+    torch.manual_seed(3)
+    decoder = GraphDecoder(model, 32)
+    found = list(decoder.stream(PROMPT, 20, choose=sampler(model.generation_config, temperature)))
+    assert found == expected[0, 5:].tolist()
+    assert found != reference(model, 20)[0, 5:].tolist()
 
 
 def test_no_fast_decoder_without_a_gpu():
