@@ -22,7 +22,8 @@ from quantkit.errors import RequestError
 from quantkit.kernels.decode_step import PickScratch, pick
 from quantkit.runtime.fused_steps import FusedSteps, why_not
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs of mixtures of experts have
+# Families whose forward asks the host for nothing; a recording that fails spoils the process's random numbers.
+_RECORDABLE = ("gemma", "gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 class Steps(Protocol):
@@ -86,13 +87,10 @@ class StaticSteps:
 def fastest_decoder(model: Any, max_length: int) -> GraphDecoder | None:
     """A decoder with a graph: of the fused step if the model has one, else of its own forward.
 
-    None where neither can be recorded: without a CUDA device or Triton, for models with pictures, for mixtures of
-    experts (the host decides which experts compute), and where the class says so.
+    None where neither can be recorded: without a CUDA device or Triton, for families that were not tried, for sliding
+    windows shorter than ``max_length``.
     """
-    config = model.config
-    if model.device.type != "cuda" or find_spec("triton") is None or hasattr(config, "vision_config"):
-        return None
-    if any(hasattr(config, name) for name in _EXPERTS):
+    if model.device.type != "cuda" or find_spec("triton") is None or model.config.model_type not in _RECORDABLE:
         return None
     try:
         return GraphDecoder(model, max_length, fuse=why_not(model) is None)
