@@ -226,3 +226,23 @@ def transposed_bits(words, thread, N: tl.constexpr, LANES: tl.constexpr, ASM: tl
 def two_to(exponent):
     """float32 from an int32 exponent, -126 to 127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def split_integers(integers, N: tl.constexpr, ASM: tl.constexpr):
+    """2 x N words of two 16-bit integers (as `integer_bytes` takes its pairs) to N words of low bytes, N of high ones.
+
+    Returns also the sum of the integers of the first N / 2 words, and that of the others.
+    """
+    first = tl.zeros_like(integers[0])
+    second = tl.zeros_like(integers[0])
+    low = ()
+    high = ()
+    for index in tl.static_range(N):
+        low = low + (_bytes(integers[index], integers[N + index], False, ASM),)
+        high = high + (_bytes(integers[index], integers[N + index], True, ASM),)
+        if index < N // 2:
+            first = _added(integers[N + index], _added(integers[index], first, ASM), ASM)
+        else:
+            second = _added(integers[N + index], _added(integers[index], second, ASM), ASM)
+    return low, high, first, second

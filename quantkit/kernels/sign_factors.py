@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.formats.sign_factors import NAME, SignFactorsSpec
-from quantkit.kernels.gemv import gemv, has_gemv
+from quantkit.kernels.gemv import HALF_TYPES
 from quantkit.kernels.launch import counts_bits
 from quantkit.kernels.planar_matmul import dequantize_rows
 from quantkit.kernels.planar_product import has_planar_product, planar_product
-from quantkit.kernels.ready_row import SignParts, Source, make_ready
+from quantkit.kernels.ready_row import Source
 from quantkit.kernels.sign_planar import factor, factor_specs, factors_from_planar, latent_span
-from quantkit.kernels.sign_rows import sign_rows
+from quantkit.kernels.sign_product import has_sign_product, sign_product
 from quantkit.kernels.signs import as_rows, prepare, sign_kernels, sign_matmul
 
 _LATENT_COLUMNS = 256
+_FEW_ROWS = 4  # up to which a launch that reads the weight once for each is the fastest
 
 
 def matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], bias: Tensor | None = None) -> Tensor:
@@ -75,13 +76,11 @@ def planar_matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], 
     if len(x) == 0:
         return x.new_empty(0, spec.out_features)
     v, u = factor_specs(spec)
-    halves = tensors["u_scales"].dtype == torch.float16
-    if len(x) == 1 and halves and has_gemv(x, u) and counts_bits(x.device):
-        parts, span = SignParts(signs=v), latent_span(spec)
-        ready, numbers, _ = make_ready(Source(x=x), parts, tensors["x_places"], tensors["x_factors"])
-        signs = {"words": tensors["v_planar"], "scales": tensors["z_scales"]}
-        z = sign_rows(ready, numbers, parts, signs, None, None, x.dtype, range(span, v.out_features, span))
-        return gemv(z, u, factor(tensors, "u_"), bias)
+    if len(x) <= _FEW_ROWS and x.dtype in HALF_TYPES and has_sign_product(u) and counts_bits(x.device):
+        words, scales = tensors["u_planar"], tensors["row_scales"]
+        first = tensors["v_planar"], tensors["z_scales"], tensors["x_scales"]
+        z, _ = sign_product(Source(x=x), v, *first, None, x.dtype)
+        return sign_product(Source(x=z), u, words, scales, None, bias, x.dtype)[0]
     scaled = prepare(x, None, tensors["x_scales"])
     if not has_planar_product(x, v):
         return _decoded_matmul(scaled, spec, tensors, bias)
@@ -117,7 +116,7 @@ def _decoded_matmul(scaled: Tensor, spec: SignFactorsSpec, tensors: dict[str, Te
 # What `sign_planar.factors_to_planar` holds, in the order of the operator's arguments.
 PLANAR_TENSORS = (
     *("v_planar", "v_scales", "v_counters", "u_planar", "u_scales", "u_counters"),
-    *("x_scales", "z_scales", "x_places", "x_factors", "column_scales", "latent_scales", "row_scales"),
+    *("x_scales", "z_scales", "column_scales", "latent_scales", "row_scales"),
 )
 
 

@@ -7,7 +7,6 @@ are padded to a multiple of 64 or 128, so that every matrix has a planar form. W
                     u_planar, u_scales, u_counters    U side by side, [out, paths * span], one group per path
                     x_scales      float16 [paths, in, padded]    column scales; 0 in padding
                     z_scales      float32 [paths * span]         latent scales; 0 in padding
-                    x_places, x_factors    [paths, cells]        column scales for one row of x (ready_row.py)
     sign_salient    planar, sign_scales, sign_zeros, counters    the columns with signs; zeros only with means
                     salient_planar, salient_planar_scales, ...   the `grouped_int` part as `to_planar` leaves it
                     x_order       int32   [columns as the kernel reads them]; beyond the last column: padding
@@ -101,26 +100,9 @@ def factors_to_planar(spec: SignFactorsSpec, tensors: dict[str, Tensor]) -> dict
     u_scales = _half(2 * tensors["row_scales"].float().t())
     planar |= with_prefix("u_", _renamed(to_planar(u, {"codes_1b": u_codes, "scales": u_scales})))
     planar["x_scales"] = pad(tensors["column_scales"], (0, v.in_features - spec.in_features))
-    columns = torch.arange(spec.in_features, device=device)
-    tables = [row_table(SignParts(signs=v), [columns], [scales]) for scales in tensors["column_scales"]]
-    planar["x_places"], planar["x_factors"] = (torch.stack(parts) for parts in zip(*tables, strict=True))
     latents = torch.split(tensors["latent_scales"].float(), list(spec.ranks))
     planar["z_scales"] = torch.cat([pad(scales, (0, span - len(scales))) for scales in latents])
     return planar | {name: tensors[name] for name in ("column_scales", "latent_scales", "row_scales")}
-
-
-def latent_table(u: GroupedIntSpec, n_siblings: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`row_table` of the latents of siblings, which lie one after the other: for each a copy for each path of U."""
-    columns = torch.arange(u.in_features, device=device)
-    ones, path = torch.ones(u.in_features, device=device), columns // u.group_size
-    places, factors = [], []
-    for sibling in range(n_siblings):
-        for own in range(u.n_groups):
-            order = torch.where(path == own, sibling * u.in_features + columns, -1)
-            place, factor = row_table(SignParts(signs=u), [order], [ones])
-            places.append(place.to(torch.int32))
-            factors.append(factor)
-    return torch.stack(places), torch.stack(factors)
 
 
 def factors_from_planar(spec: SignFactorsSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

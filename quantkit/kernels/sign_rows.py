@@ -39,18 +39,11 @@ class SignRowsConfig:
 
 def has_sign_rows(parts: SignParts, starts: Sequence[int] = ()) -> bool:
     """Whether the kernels take these weights, and copies that start at these rows."""
-    fits = not any(start % COPY_ROWS for start in starts)
-    fits = fits and (len(starts) < MAX_COPIES or _span(starts, parts.signs.out_features) is not None)
+    fits = not any(start % COPY_ROWS for start in starts) and len(starts) < MAX_COPIES
     if parts.integers is None:
         return fits
     segments = planar_segments(parts.integers)
     return fits and is_paired(parts.integers) and len(segments) == 1 and segments[0].bits in _WIDTHS
-
-
-def _span(starts: Sequence[int], n_rows: int) -> int | None:
-    """The rows of each copy, if all have equally many."""
-    even = starts and [*starts, n_rows] == [starts[0] * number for number in range(1, len(starts) + 2)]
-    return starts[0] if even else None
 
 
 def choose_sign_rows(parts: SignParts) -> SignRowsConfig:
@@ -72,30 +65,26 @@ def sign_rows(
     signs: Tensors,
     integers: Tensors | None,
     bias: Tensor | None,
-    dtype: torch.dtype,
+    out: Tensor,
     starts: Sequence[int] = (),
-    config: SignRowsConfig | None = None,
-) -> Tensor:
-    """Signs and integers side by side times one row, ``[1, out]``, on a GPU.
+) -> None:
+    """Signs and integers side by side times one row, on a GPU.
 
     Args:
         ready, numbers: of `make_ready`.
         parts: weights for which `has_sign_rows` holds.
-        signs: planar ``words``, ``scales`` [rows] (several groups: [groups, rows]) and, if there are, ``means`` [rows],
-            of any float dtype. The scales of the specs do not count.
+        signs: planar ``words``, ``scales`` [rows] and, if there are, ``means`` [rows], of any float dtype. The scales
+            of the specs do not count.
         integers: what `planar.to_planar` made of them, or None.
         bias: ``[out]`` of any float dtype, or None.
-        dtype: of the result; sums are float32. x is taken in 16 bits relative to the largest of 1024 columns with
-            signs, or of some 32 that are multiplied by integers.
-        starts: first rows of the second copy and the third, or of any number of copies of equally many rows.
-        config: `choose_sign_rows`'s if None.
+        out: ``[1, out]`` of any float dtype, written. Sums are float32; x is taken in 16 bits relative to the largest
+            of 1024 columns with signs, or of some 32 that are multiplied by integers.
+        starts: first rows of the second copy and the third.
     """
-    out = torch.empty(1, parts.signs.out_features, dtype=dtype, device=ready.device)
-    config = config or choose_sign_rows(parts)
+    config = choose_sign_rows(parts)
     grid, arguments = rows_launch(ready, numbers, parts, signs, integers, bias, out, starts, config)
     with torch.cuda.device(out.device):
         sign_rows_kernels().sign_rows_kernel[grid](**arguments, ASM=True, **early_launch(out.device))
-    return out
 
 
 def rows_launch(
@@ -111,8 +100,7 @@ def rows_launch(
 ) -> tuple[tuple[int], dict[str, Any]]:
     """Grid and arguments of `sign_rows_kernel`, all but ASM."""
     n_rows = parts.signs.out_features
-    span = _span(starts, n_rows)
-    second, third = (*(() if span else starts), n_rows, n_rows)[: MAX_COPIES - 1]
+    second, third = (*starts, n_rows, n_rows)[: MAX_COPIES - 1]
     arguments = {
         "ready": ready,
         "numbers": numbers,
@@ -122,18 +110,15 @@ def rows_launch(
         **_integer_arguments(parts.integers, integers, signs, config),
         "bias": out if bias is None else bias,
         "y": out,
-        "span": span or n_rows,
         "second": second,
         "third": third,
         "n_ready": ready.shape[1],
         "n_numbers": numbers.shape[1],
         "n_rows": n_rows,
-        "scale_stride": signs["scales"].stride(0) if parts.signs.n_groups > 1 else 0,
         "stride4": padded_rows(parts.signs) // 4,
         "n_words8": parts.words8,
         "n_blocks": parts.blocks,
         "HAS_MEANS": "means" in signs,
-        "PATHS": parts.signs.n_groups,
         "BLOCKS": 1 << (parts.blocks - 1).bit_length(),
         "ONCE": parts.blocks <= config.warps,
         "HAS_BIAS": bias is not None,

@@ -73,7 +73,7 @@ def _counted(totals, loaded, planes, unit, q, TILES: tl.constexpr, ASM: tl.const
 
 
 @triton.jit
-def _path_shares(
+def _sign_shares(
     signs, ready, numbers, loaded, row, n_words, n_blocks, block, g, q, ONCE: tl.constexpr, TILES: tl.constexpr,
     WARPS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -149,14 +149,14 @@ def _multiplied(
 
 @triton.jit(
     do_not_specialize=[
-        "span", "second", "third", "n_ready", "n_numbers", "n_rows", "scale_stride", "stride4", "n_words8",
+        "second", "third", "n_ready", "n_numbers", "n_rows", "stride4", "n_words8",
         "n_blocks", "n_threads", "stride16", "chunks",
     ]
 )  # fmt: skip
 def sign_rows_kernel(
-    ready, numbers, signs, sign_scales, sign_means, words, scales, zeros, bias, y, span, second, third, n_ready,
-    n_numbers, n_rows, scale_stride, stride4, n_words8, n_blocks, n_threads, stride16, chunks,
-    HAS_MEANS: tl.constexpr, PATHS: tl.constexpr, BLOCKS: tl.constexpr, ONCE: tl.constexpr, BITS: tl.constexpr,
+    ready, numbers, signs, sign_scales, sign_means, words, scales, zeros, bias, y, second, third, n_ready,
+    n_numbers, n_rows, stride4, n_words8, n_blocks, n_threads, stride16, chunks,
+    HAS_MEANS: tl.constexpr, BLOCKS: tl.constexpr, ONCE: tl.constexpr, BITS: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
     TILES: tl.constexpr, LANES: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
@@ -165,12 +165,11 @@ def sign_rows_kernel(
     The warps of a program share the columns of the signs, block by block; each has rows of the integers of its own.
 
     Args:
-        ready, numbers: of `ready_kernel`, per copy n_ready and n_numbers; PATHS neighbours are multiplied by the same
-            rows, each with scales of its own (without integers), ``scale_stride`` apart.
+        ready, numbers: of `ready_kernel`, per copy n_ready and n_numbers.
         signs: planar-16 words of one bit, n_words8 * 8 of 32 bits in a row, ``n_blocks`` blocks; a scale (and a mean)
             of any float dtype for each row. BLOCKS: a power of two, not less. ONCE: there is one block for each warp.
         words, scales, zeros: planar-16 integers; scales and zeros of four rows are one number (int64 or int32).
-        span: rows that share a copy; or second, third: first rows that take the second and the third copy.
+        second, third: first rows that take the second and the third copy.
         stride4: a quarter of the rows of ``scales``.
         n_threads, stride16, chunks: threads of a row of integers, its words / 16, and how often LANES threads go
             through it. WHOLE: once. BITS 0: there are none.
@@ -183,11 +182,10 @@ def sign_rows_kernel(
     g = thread % 32 // 4
     q = thread % 4
     first_row = tl.program_id(0) * ROWS
-    copy = first_row // span + (first_row >= second).to(tl.int32) + (first_row >= third).to(tl.int32)
+    copy = (first_row >= second).to(tl.int32) + (first_row >= third).to(tl.int32)
     n_words = n_words8 * 8
-    n_ready4 = n_ready // 4
-    ready += copy * (PATHS * n_ready4) * 4
-    numbers += copy * PATHS * n_numbers
+    ready += copy * (n_ready // 4) * 4
+    numbers += copy * n_numbers
     block = thread // 32
     row = first_row + g * (2 * TILES)
     loaded = _load_signs(signs, row, n_words, block, q, 2 * TILES)
@@ -199,9 +197,7 @@ def sign_rows_kernel(
             words, scales, zeros, own_row, stride16, stride4, lane, lane < n_threads, BITS, WIDTH, GROUP, ZERO, OWN
         )
     rows = first_row + tl.arange(0, ROWS)
-    factor = ()
-    for path in tl.static_range(PATHS):
-        factor = factor + (tl.load(sign_scales + path * scale_stride + rows, mask=rows < n_rows, other=0.0),)
+    factor = tl.load(sign_scales + rows, mask=rows < n_rows, other=0.0)
     means = tl.zeros((ROWS,), tl.float32)
     if HAS_MEANS:
         means = tl.load(sign_means + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
@@ -231,20 +227,13 @@ def sign_rows_kernel(
                 sums, now_codes, now_factors, now_offsets, slices, units, units + n_threads, n_threads, here, BITS,
                 ZERO, OWN, ASM,
             )  # fmt: skip
-    for path in tl.static_range(PATHS):
-        if path > 0 and not ONCE:
-            loaded = _load_signs(signs, row, n_words, block, q, 2 * TILES)
-        shares = _path_shares(
-            signs, ready + path * n_ready4 * 4, numbers + path * n_numbers, loaded, row, n_words, n_blocks, block, g, q,
-            ONCE, TILES, WARPS, ASM,
-        )  # fmt: skip
-        places = tl.arange(0, BLOCKS)
-        sums_of_blocks = tl.load(numbers + path * n_numbers + n_blocks + places, mask=places < n_blocks, other=0.0)
-        whole = tl.sum(sums_of_blocks, 0)
-        counted = tl.reshape(stacked(shares, 2 * TILES), (WARPS, 8, 4, 2 * TILES))
-        # of signs: twice what their bits give, without all
-        total += (2 * tl.reshape(tl.sum(tl.sum(counted, 2), 0), (ROWS,)) - whole) * factor[path].to(tl.float32)
-        total += whole * means
+    shares = _sign_shares(signs, ready, numbers, loaded, row, n_words, n_blocks, block, g, q, ONCE, TILES, WARPS, ASM)
+    places = tl.arange(0, BLOCKS)
+    whole = tl.sum(tl.load(numbers + n_blocks + places, mask=places < n_blocks, other=0.0), 0)
+    counted = tl.reshape(stacked(shares, 2 * TILES), (WARPS, 8, 4, 2 * TILES))
+    # of signs: twice what their bits give, without all
+    total += (2 * tl.reshape(tl.sum(tl.sum(counted, 2), 0), (ROWS,)) - whole) * factor.to(tl.float32)
+    total += whole * means
     if BITS > 0:
         added = tl.sum(tl.reshape(stacked(sums, OWN), (THREADS // LANES, LANES, OWN)), 1)
         total += tl.reshape(added, (ROWS,))

@@ -28,6 +28,7 @@ from quantkit.kernels.sign_planar import binary_part, binary_spec, row_signs, sa
 from quantkit.kernels.sign_rows import sign_rows
 from quantkit.kernels.signs import as_rows, prepare, sign_matmul
 
+_FEW_ROWS = 2  # up to which one after the other is the fastest
 _SLAB_BYTES = 1 << 28  # of decoded weight at a time
 
 
@@ -87,10 +88,8 @@ def planar_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], 
     """``[m, in]`` to ``[m, out]`` in the dtype of x, on a GPU, from the tensors of `salient_to_planar`."""
     if len(x) == 0:
         return x.new_empty(0, spec.out_features)
-    if len(x) == 1 and "x_places" in tensors and x.dtype != torch.float32 and counts_bits(x.device):
-        parts = salient_parts(spec)
-        made = make_ready(Source(x=x), parts, tensors["x_places"][None], tensors["x_factors"][None])
-        return sign_rows(*made[:2], parts, row_signs(tensors), without_prefix(SALIENT, tensors), bias, x.dtype)
+    if len(x) <= _FEW_ROWS and "x_places" in tensors and x.dtype != torch.float32 and counts_bits(x.device):
+        return _row_by_row(x, spec, tensors, bias)
     prepared = prepare(x, tensors["x_order"], tensors["x_scales"])
     if not has_planar_product(x, binary_spec(spec)):
         return _decoded_matmul(prepared, spec, tensors, bias)
@@ -100,6 +99,16 @@ def planar_matmul(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], 
         total = planar_product(prepared[:, first : first + weight.in_features], weight, held, total, dtype)
     assert total is not None
     return total
+
+
+def _row_by_row(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+    parts, integers = salient_parts(spec), without_prefix(SALIENT, tensors)
+    places, factors = tensors["x_places"][None], tensors["x_factors"][None]
+    out = x.new_empty(len(x), spec.out_features)
+    for row in range(len(x)):
+        ready, numbers, _ = make_ready(Source(x=x[row : row + 1]), parts, places, factors)
+        sign_rows(ready, numbers, parts, row_signs(tensors), integers, bias, out[row : row + 1])
+    return out
 
 
 def few_rows_parts(

@@ -56,7 +56,7 @@ def why_not(model: Any) -> str | None:
 
 def _of_gated(linear: nn.Module, gate_up: Tensor) -> Tensor:
     """The product with ``silu(gate) * up``."""
-    if isinstance(linear, SignStack) and linear.has_row(gate_up):
+    if isinstance(linear, SignStack) and linear.has_row(gate_up, "gated"):
         return linear.row(Source(kind="gated", x=gate_up))[0]
     product: Tensor = linear(gated(gate_up))
     return product
@@ -151,7 +151,7 @@ class FusedSteps:
         self, linears: nn.Module, hidden: Tensor, update: Tensor | None, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
         """``hidden + update``, and the product with its norm: signs take the norm in the launch that prepares it."""
-        if isinstance(linears, SignStack) and linears.has_row(hidden):
+        if isinstance(linears, SignStack) and linears.has_row(hidden, "norm"):
             source = Source(kind="norm", x=hidden, update=update, weight=weight, eps=self.eps)
             product, residual = linears.row(source)
             return residual, product

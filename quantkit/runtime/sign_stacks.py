@@ -4,7 +4,7 @@ Siblings differ in what they do to the activations: scales of columns, which col
 copy of the token, and a row of the stack multiplies the copy of its own sibling (`OwnRows`).
 
     sign_salient   planes and slices of the copies -> signs and integers
-    sign_factors   planes of the copies -> V, with the scales of the latents -> (siblings: planes of the latents) -> U
+    sign_factors   V, with the scales of columns and latents -> U, each of which makes its row ready itself
 
 Several tokens (a prompt) are multiplied sibling by sibling, each with its own rows of the stack.
 """
@@ -30,7 +30,8 @@ from quantkit.kernels.launch import counts_bits
 from quantkit.kernels.planar import to_planar
 from quantkit.kernels.planar_matmul import dequantize_rows
 from quantkit.kernels.ready_row import SignParts, Source, make_ready, row_table
-from quantkit.kernels.sign_planar import has_planar_form, latent_table, sign_spec
+from quantkit.kernels.sign_planar import has_planar_form, sign_spec
+from quantkit.kernels.sign_product import sign_product, takes_copies, takes_source
 from quantkit.kernels.sign_rows import has_sign_rows, sign_rows
 
 _COLUMNS = 128  # columns and latents are padded to a multiple: two planes of the kernels
@@ -96,9 +97,6 @@ class SignStack(nn.Module, ABC):
     bias: Tensor | None
     order: Tensor
     scales: Tensor
-    places: Tensor | None  # of `row_table`, for each copy; None: there are no kernels for one row
-    factors: Tensor
-    first: SignParts  # what the copies are multiplied by
 
     def __init__(self, sizes: Sequence[int], order: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -116,20 +114,13 @@ class SignStack(nn.Module, ABC):
         out = torch.cat([self.several(pad(x, (0, 1)), sibling) for sibling in range(len(self.sizes))], 1)
         return out if self.bias is None else out + self.bias
 
-    def has_row(self, x: Tensor) -> bool:
-        """Whether `row` has kernels for activations like x ``[m, n]``."""
-        one = len(x) == 1 and x.dtype in HALF_TYPES and counts_bits(x.device)
-        return one and self.places is not None
-
-    def row(self, source: Source) -> tuple[Tensor, Tensor]:
-        """Results of all siblings, ``[1, rows]``, for one token on a GPU, and the third of `make_ready`'s results."""
-        assert self.places is not None
-        ready, numbers, residual = make_ready(source, self.first, self.places, self.factors)
-        return self.multiplied(ready, numbers, source.x.dtype), residual
+    def has_row(self, x: Tensor, kind: str = "row") -> bool:
+        """Whether `row` has kernels for a source like x ``[m, n]`` of that kind."""
+        return len(x) == 1 and x.dtype in HALF_TYPES and counts_bits(x.device)
 
     @abstractmethod
-    def multiplied(self, ready: Tensor, numbers: Tensor, dtype: torch.dtype) -> Tensor:
-        """Results of all siblings, ``[1, rows]``, from what `make_ready` gives."""
+    def row(self, source: Source) -> tuple[Tensor, Tensor]:
+        """Results of all siblings, ``[1, rows]``, for one token on a GPU, and x + update of a norm (otherwise x)."""
 
     @abstractmethod
     def one(self, copies: Tensor) -> Tensor:
@@ -150,6 +141,8 @@ class SalientStack(SignStack):
 
     row_scales: Tensor
     row_means: Tensor | None
+    places: Tensor | None  # of `row_table`, for each copy; None: there are no kernels for one row
+    factors: Tensor
 
     def __init__(self, linears: Sequence[Any], salient: dict[str, Tensor], bias: Tensor | None) -> None:
         specs: list[SignSalientSpec] = [each.spec for each in linears]
@@ -192,12 +185,19 @@ class SalientStack(SignStack):
         parts = {(each.salient.segments, each.salient.symmetric) if each.salient else None for each in specs}
         return len(alike) == len(parts) == 1 and has_planar_form(specs[0])
 
-    def multiplied(self, ready: Tensor, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    def has_row(self, x: Tensor, kind: str = "row") -> bool:
+        return super().has_row(x, kind) and self.places is not None
+
+    def row(self, source: Source) -> tuple[Tensor, Tensor]:
+        assert self.places is not None
         integers = self.integers.tensors() if self.integers else None
         signs = {"words": self.signs.tensors()["planar"], "scales": self.row_scales}
         if self.row_means is not None:
             signs["means"] = self.row_means
-        return sign_rows(ready, numbers, self.first, signs, integers, self.bias, dtype, self.starts)
+        ready, numbers, residual = make_ready(source, self.first, self.places, self.factors)
+        out = source.x.new_empty(1, sum(self.sizes))
+        sign_rows(ready, numbers, self.first, signs, integers, self.bias, out, self.starts)
+        return out, residual
 
     def one(self, copies: Tensor) -> Tensor:
         signed, salient = self._split(copies)
@@ -250,8 +250,7 @@ class FactorStack(SignStack):
 
     latents: Tensor
     row_scales: Tensor
-    z_places: Tensor | None
-    z_factors: Tensor
+    columns: Tensor
 
     def __init__(self, linears: Sequence[Any], bias: Tensor | None) -> None:
         specs: list[SignFactorsSpec] = [each.spec for each in linears]
@@ -283,18 +282,7 @@ class FactorStack(SignStack):
         v_scales = (2 * latents).half()[:, None]
         v, u = sign_spec(len(v_codes), n + missing), sign_spec(len(u_codes), self.paths * span, self.paths)
         self.v = OwnRows(v, {"codes_1b": v_codes, "scales": v_scales}, [span] * copies)
-        self.first = SignParts(signs=v)
-        tables = [row_table(self.first, [order[0]], [factors]) for factors in scales]
-        places, factors = (torch.stack(parts) for parts in zip(*tables, strict=True))
-        self.register_buffer("places", places, persistent=False)
-        self.register_buffer("factors", factors, persistent=False)
-        self.second = SignParts(signs=u)
-        latent: tuple[Tensor | None, ...] = (None, None)
-        starts = [sum(sizes[:number]) for number in range(1, len(sizes))]
-        if starts and has_sign_rows(self.second, starts):  # one alone takes its latents as they are, in one launch
-            latent = latent_table(u, len(sizes), device)
-        self.register_buffer("z_places", latent[0], persistent=False)
-        self.register_buffer("z_factors", latent[1], persistent=False)
+        self.register_buffer("columns", scales.half(), persistent=False)
         self.u = OwnRows(u, {"codes_1b": u_codes, "scales": u_scales}, sizes)
 
     @staticmethod
@@ -302,16 +290,19 @@ class FactorStack(SignStack):
         """Whether siblings can be stacked."""
         return len({(spec.in_features, len(spec.ranks)) for spec in specs}) == 1
 
-    def multiplied(self, ready: Tensor, numbers: Tensor, dtype: torch.dtype) -> Tensor:
-        starts = [first for first, _ in self.v.bounds[1:]]
-        signs = {"words": self.v.tensors()["planar"], "scales": self.latents}
-        z = sign_rows(ready, numbers, self.first, signs, None, None, dtype, starts)
-        if self.z_places is None:
-            return cast(Tensor, self.u(z.view(len(self.sizes), -1), self.bias))
-        starts = [first for first, _ in self.u.bounds[1:]]
-        signs = {"words": self.u.tensors()["planar"], "scales": self.row_scales}
-        ready, numbers, _ = make_ready(Source(x=z), self.second, self.z_places, self.z_factors)
-        return sign_rows(ready, numbers, self.second, signs, None, self.bias, dtype, starts)
+    def has_row(self, x: Tensor, kind: str = "row") -> bool:
+        n = x.shape[1] // 2 if kind == "gated" else x.shape[1]
+        return super().has_row(x, kind) and takes_source(self.v.spec, kind, n)
+
+    def row(self, source: Source) -> tuple[Tensor, Tensor]:
+        starts, dtype = [first for first, _ in self.u.bounds[1:]], source.x.dtype
+        words, together = self.u.tensors()["planar"], takes_copies(starts)
+        first = self.v.tensors()["planar"], self.latents, self.columns
+        z, residual = sign_product(source, self.v.spec, *first, None, dtype)
+        if not together:
+            return cast(Tensor, self.u(z.view(len(self.sizes), -1), self.bias)), residual
+        second = words, self.row_scales, None, self.bias
+        return sign_product(Source(x=z), self.u.spec, *second, dtype, starts)[0], residual
 
     def one(self, copies: Tensor) -> Tensor:
         latents: Tensor = self.v(copies, None)

@@ -12,7 +12,6 @@ from quantkit.kernels.decode_step import add_norm, gated
 from quantkit.kernels.planar import to_planar
 from quantkit.kernels.ready_row import SignParts, Source, new_ready, ready_launch, row_table
 from quantkit.kernels.ready_row_triton import ready_kernel
-from quantkit.kernels.sign_planar import latent_table
 from quantkit.kernels.sign_rows import SignRowsConfig, has_sign_rows, rows_launch
 from quantkit.kernels.sign_rows_triton import sign_rows_kernel
 
@@ -113,34 +112,12 @@ def test_launch_shapes(config):
     check(product(weights, x, tables, config=config, out_dtype=torch.float16), x, weights, tables)
 
 
-def test_parts_of_the_rows_take_copies_of_their_own():
+@pytest.mark.parametrize("config", [PLAIN, SignRowsConfig(tiles=2, warps=2, lanes=16)])
+def test_parts_of_the_rows_take_copies_of_their_own(config):
     weights = [random_weight(4, 80, 256, (1,)), random_weight(5, 80, 32, (2,) * 3)]
     x = activations(3, 1, 300, dtype=torch.float16)
     tables = [reading(seed, weights, 300) for seed in range(3)]
-    check(product(weights, x, tables, starts=(32, 64)), x, weights, tables, starts=(32, 64))
-
-
-@pytest.mark.parametrize("config", [PLAIN, SignRowsConfig(tiles=1, warps=4)])
-def test_groups_of_signs_have_copies_and_scales_of_their_own(config):
-    """The latents of two siblings of two paths, each group a part of a block; several blocks for a warp or not."""
-    weight = random_weight(3, 48, 640, (1, 1), symmetric=True)
-    spec, parts = weight.spec(), SignParts(signs=weight.spec())
-    planar, x = to_planar(spec, pack(weight)), activations(3, 1, 2 * 1280, dtype=torch.float16)
-    places, factors = latent_table(spec, 2, x.device)
-    made = [part.fill_(1000) for part in new_ready(parts, places)]
-    grid, arguments = ready_launch(Source(x=x), parts, places, factors, *made, x)
-    ready_kernel[grid](**arguments)
-    y, signs = (
-        torch.full((1, 48), float("nan")),
-        {"words": planar["planar"], "scales": weight.scales.t().contiguous() / 2},
-    )
-    grid, arguments = rows_launch(*made, parts, signs, None, None, y, (32,), config)
-    sign_rows_kernel[grid](**arguments, ASM=False)
-    for sibling, rows in ((x[:, :1280], slice(0, 32)), (x[:, 1280:], slice(32, 48))):
-        exact, bound = product_and_bound(sibling, weight)
-        lost = torch.full((1, 1280), 0.501 * float(sibling.abs().max()) / 32512, dtype=torch.float64)
-        bound = bound * (1 + 2.0**-20) + lost @ weight.dequantize().double().abs().t()
-        assert ((y.double() - exact).abs() <= bound + 2.0**-22 * exact.abs())[:, rows].all()
+    check(product(weights, x, tables, starts=(32, 64), config=config), x, weights, tables, starts=(32, 64))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy, where it meets them

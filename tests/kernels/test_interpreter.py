@@ -16,6 +16,7 @@ FILES = [
     "gemv_interpreter_cases.py",
     "bit_interpreter_cases.py",
     "sign_rows_interpreter_cases.py",
+    "sign_product_interpreter_cases.py",
     "interpreter_sign_cases.py",
     "kv_interpreter_cases.py",
     "decode_interpreter_cases.py",

@@ -13,6 +13,7 @@ from quantkit.formats.sign_salient import SignSalientSpec
 from quantkit.kernels.planar import padded_rows, planar_segments
 from quantkit.kernels.ready_row import SignParts, Source, new_ready, ready_launch, row_table
 from quantkit.kernels.sign_planar import salient_parts, sign_spec
+from quantkit.kernels.sign_product import choose_sign_product, product_launch
 from quantkit.kernels.sign_rows import choose_sign_rows, rows_launch
 
 pytestmark = [
@@ -69,11 +70,34 @@ def test_signs_alone(compile_for_sm90):
     from quantkit.kernels.sign_rows_triton import sign_rows_kernel
 
     parts = SignParts(signs=sign_spec(192, 4096))
-    held, places = planar_zeros(parts.signs), torch.zeros(6, 4096, dtype=torch.int16)
+    held, places = planar_zeros(parts.signs), torch.zeros(3, 4096, dtype=torch.int16)
     signs = {"words": held["planar"], "scales": torch.zeros(192)}
     out = torch.zeros(1, 192, dtype=torch.bfloat16)
     config = choose_sign_rows(parts)
-    grid, arguments = rows_launch(*new_ready(parts, places), parts, signs, None, None, out, range(32, 192, 32), config)
+    grid, arguments = rows_launch(*new_ready(parts, places), parts, signs, None, None, out, (32, 96), config)
     _, sass, resources = compile_for_sm90(sign_rows_kernel, grid, arguments, ASM=True, **EARLY)
     assert resources["STACK"] == 0
     assert "BMMA.168256.AND.POPC" in sass
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_features", "paths"), [("norm", 4096, 1), ("gated", 14336, 1), ("row", 14336, 1), ("row", 1792, 2)]
+)
+def test_signs_that_make_their_row_ready(compile_for_sm90, kind, in_features, paths):
+    """Words, and scales of columns, are asked for before x is waited for, sixteen bytes at a time; no spills."""
+    from quantkit.kernels.sign_product_triton import sign_product_kernel
+
+    spec = sign_spec(14336, in_features, paths)
+    x = torch.zeros(1, in_features * (2 if kind == "gated" else 1), dtype=torch.bfloat16)
+    source = Source(x=x, kind=kind, update=x.clone() if kind == "norm" else None, weight=x[0])
+    columns = torch.zeros(2, in_features, dtype=torch.float16) if paths == 1 else None
+    scales, out = torch.zeros(paths, 14336), torch.zeros(1, 14336, dtype=torch.bfloat16)
+    config = choose_sign_product(spec)
+    words = planar_zeros(spec)["planar"]
+    grid, arguments = product_launch(source, spec, words, scales, columns, None, out, x, config)
+    _, sass, resources = compile_for_sm90(sign_product_kernel, grid, arguments, ASM=True, **EARLY)
+    assert resources["STACK"] == 0
+    assert "BMMA.168256.AND.POPC" in sass
+    asked = sass.split("ACQBULK")[0]
+    assert len(re.findall(r"LDG\.E\.EF\.128", asked)) == 4 * config.tiles
+    assert len(re.findall(r"LDG\.E\.128", asked)) == (4 if columns is not None else 0) + (4 if kind == "norm" else 0)
