@@ -25,6 +25,7 @@ from quantkit.kernels.grouped_int_twin import matmul_reference
 from quantkit.kernels.planar import from_planar
 from quantkit.kernels.planar_matmul import dequantized_matmul
 from quantkit.kernels.planar_product import has_planar_product, planar_product
+from quantkit.kernels.wide_product import has_wide_product, wide_product
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,7 +44,8 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
         device, with float32 products, or on a CPU, for many rows of bfloat16, with the weight rounded to bfloat16.
         Planar tensors on a GPU are multiplied by Triton kernels: for one or two rows of x products with x in 16 bits
         relative to its largest neighbours (gemv.py), up to 64 or 128 rows exact products of half precision
-        activations (planar_product.py), and above (or in float32) products with the weight rounded to the dtype of x.
+        activations (planar_product.py, wide_product.py), and above (or in float32) products with the weight rounded
+        to the dtype of x.
 
     Raises:
         RequestError: wrong last dimension or dtype of ``x``.
@@ -103,6 +105,8 @@ def planar_matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], b
         return x.new_empty(0, spec.out_features)
     if has_gemv(x, spec):
         return gemv(x, spec, tensors, bias)
+    if has_wide_product(x, spec):
+        return wide_product(x.contiguous(), spec, tensors, bias)
     if has_planar_product(x, spec):
         return planar_product(x.contiguous(), spec, tensors, bias)
     return dequantized_matmul(x, spec, tensors, bias)

@@ -23,3 +23,9 @@ def early_launch(device: torch.device) -> dict[str, bool]:
 def counts_bits(device: torch.device) -> bool:
     """Whether the tensor cores count common bits: from sm_80 to sm_90; later ones do it in software."""
     return device.type == "cuda" and (8, 0) <= torch.cuda.get_device_capability(device) < (10, 0)
+
+
+@cache
+def multiplies_asynchronously(device: torch.device) -> bool:
+    """Whether four warps can hand products to the tensor cores and go on: sm_90; later ones have other instructions."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

@@ -22,6 +22,7 @@ from quantkit.kernels.planar_matmul import dequantize_launches
 from quantkit.kernels.planar_product import choose_product, prepare_launch, product_launch, workspace
 from quantkit.kernels.sign_planar import salient_to_planar
 from quantkit.kernels.sign_salient import few_rows_parts
+from quantkit.kernels.wide_product import choose_wide, shared_memory, wide_launch
 
 pytestmark = [
     pytest.mark.slow,
@@ -139,6 +140,28 @@ def test_bit_products(compile_for_sm90, symmetric, group_size, programs):
 @pytest.mark.parametrize("bits", [2, 3])
 def test_more_tokens(compile_for_sm90, bits, m):
     check_product(compile_for_sm90, *layer({bits: 32}, False), m, torch.bfloat16)
+
+
+@pytest.mark.parametrize("m", [32, 64, 128])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (4, True), (4, False), (8, False)])
+def test_wide_products(compile_for_sm90, bits, symmetric, m):
+    """While two products are under way the threads do something else: the assembler did not put them in a row."""
+    from quantkit.kernels.wide_product_gluon import wide_product_kernel
+
+    spec, tensors = layer({bits: 32}, symmetric)
+    config = replace(choose_wide(m, spec), splits=1)
+    out = torch.zeros(m, spec.out_features, dtype=torch.bfloat16)
+    prepared, _ = workspace(m, spec, choose_product(m, spec), out.device)
+    grid, arguments = wide_launch(spec, tensors, None, out, prepared, config)
+    early = {"PDL": True, "launch_pdl": True}
+    metadata, sass, resources = compile_for_sm90(wide_product_kernel, grid, arguments, **early)
+    assert metadata.shared == shared_memory(config, spec)
+    assert resources["STACK"] <= SPILL_LIMIT[64]
+    assert len(re.findall(r"HGMMA\.64x(32|64)x16\.F32", sass)) == 8 * 4  # chains
+    assert "WARPGROUP.DEPBAR.LE gsb0, 0x2" in sass
+    assert sass.count("WARPGROUP.DEPBAR.LE gsb0, 0x0") == 1
+    assert "LDGSTS.E.BYPASS.128" in sass
+    assert not re.search(r"LDGSTS\.E\.U?(8|16) ", sass)
 
 
 def test_mixed_widths(compile_for_sm90):

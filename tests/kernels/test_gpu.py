@@ -31,6 +31,8 @@ from quantkit.kernels.planar_product import (
     product_launch,
     workspace,
 )
+from quantkit.kernels.wide_product import WideConfig, is_wide_weight, wide_product
+from quantkit.kernels.wide_product import is_possible as is_possible_wide
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -233,6 +235,29 @@ def test_any_launch_shape(rows, warps, bits):
         config = ProductConfig(rows=rows, warps=warps, tokens=tokens, stages=2, splits=splits, zeros_in_loop=in_loop)
         out = planar_product(x, spec, tensors, None, torch.float32, config)
         assert ((out.double() - product).abs() <= bound + rounding(product, torch.float32)).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("group_size", "n_groups"), [(128, 32), (384, 11), (2048, 1)])
+def test_asynchronous_products(group_size, n_groups, bits, symmetric):
+    weight = on_gpu(random_weight(bits, 1000, group_size, (bits,) * n_groups, symmetric))
+    spec = weight.spec()
+    assert is_wide_weight(spec)
+    tensors = to_planar(spec, pack(weight))
+    x = activations(0, 100, spec.in_features, dtype=torch.bfloat16).cuda()
+    bias = torch.randn(100, 1000, device="cuda")
+    product, bound = product_and_bound(x, weight, bias, unit_roundoff=TENSOR_CORE)
+    bound = bound + half_error(x) @ weight.dequantize().double().abs().t()
+    shapes = [(64, 1, 64, 2, 1), (64, 1, 32, 4, 3), (128, 1, 64, 3, 2), (128, 2, 64, 2, 1), (64, 2, 16, 4, 100)]
+    for rows, halves, tokens, distance, splits in shapes:
+        config = WideConfig(rows=rows, halves=halves, tokens=tokens, distance=distance, splits=splits)
+        if not is_possible_wide(config, spec):
+            continue
+        first, second = (wide_product(x, spec, tensors, bias, torch.float32, config) for _ in range(2))
+        assert torch.equal(first, second)
+        assert ((first.double() - product).abs() <= bound + rounding(product, torch.float32)).all()
+    assert not tensors["counters"].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
