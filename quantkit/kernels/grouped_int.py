@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quantkit.errors import RequestError
 from quantkit.formats.grouped_int import GroupedIntSpec
+from quantkit.kernels.column_sums import may_sum_columns
 from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.grouped_int_twin import matmul_reference
 from quantkit.kernels.planar import from_planar
@@ -72,6 +73,11 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
         stored = [tensors[name] for name in spec.tensor_layout()]
         product = torch.ops.quantkit.grouped_int_matmul(rows, stored, bias, *shape)
     return cast(Tensor, product).reshape(*x.shape[:-1], spec.out_features)
+
+
+def codes_by_columns(spec: GroupedIntSpec) -> list[str]:
+    """Stored tensors that a CPU multiplies faster when they lie column after column in memory."""
+    return [f"codes_{bits}b" for bits, _ in spec.segments if may_sum_columns(bits, spec.group_size)]
 
 
 @lru_cache(maxsize=1024)

@@ -1,8 +1,9 @@
 """Torch twin of the `grouped_int` product (grouped_int.py), for the CPU.
 
-It walks over row tiles of bounded size and unpacks *planes*: the bit stream repeats every byte (1, 2, 4, 8 bits) or
-every few 16-bit words (3, 5, 6, 7), so code f of every such block sits at the same place, and one mask over whole rows
-yields all of them (4 bits, two codes per byte):
+It walks over row tiles of bounded size. Codes of 2, 4 and 8 bits are decoded by one operation of torch (fused_rows.py), and
+few rows of x never decode them where the codes lie column after column (column_sums.py). Else *planes* are unpacked: the
+bit stream repeats every byte (1, 2, 4, 8 bits) or every few 16-bit words (3, 5, 6, 7), so code f of every such block sits
+at the same place, and one mask over whole rows yields all of them (4 bits, two codes per byte):
 
     byte      0        1        2                plane 0 = byte & 15     columns 0, 2, 4, ...
            |c1 |c0  |c3 |c2  |c5 |c4   ...       plane 1 = byte & 240    columns 1, 3, 5, ..., in units of 16
@@ -15,16 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec, stored_zeros, symmetric_zero
+from quantkit.kernels.column_sums import FEW_ROWS, column_sums, sums_columns
+from quantkit.kernels.fused_rows import FusedRows, can_fuse
 
 _TILE_BYTES = 4 << 20  # float32 tile of decoded weights while few rows of x share it: stays in cache
-_TILE_BYTES_WIDE = 16 << 20  # with many rows of x the matrix product dominates and prefers a wider right-hand side
+_TILE_BYTES_WIDE = 8 << 20  # with many rows of x the matrix product dominates and prefers a wider right-hand side
+_WIDE_ROWS = 64  # rows of x from which it does, and bfloat16 is multiplied as such
+_ROUNDED_BYTES = 16 << 20  # tile of weights rounded to bfloat16; larger ones would be fresh memory in each call
+_DECODED_BYTES = 2 << 20  # float32 weights that are decoded at a time for it
 _LONG_RUN = 16  # contiguous columns per scale from which broadcasting is faster than a gathered copy of the scales
-_WIDE_ROWS = 64  # rows of x from which the wide tile is used, and bfloat16 is multiplied as such
 
 
 def matmul_reference(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:
@@ -32,39 +38,44 @@ def matmul_reference(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor]
 
     Float32 products; but many rows of bfloat16 are multiplied by the weight rounded to bfloat16, as in a dense model.
     """
-    m = x.shape[0]
+    m = len(x)
     rounded = x.dtype == torch.bfloat16 and m >= _WIDE_ROWS and not x.is_cuda
     grouped = (x if rounded else x.float()).reshape(m, spec.n_groups, spec.group_size)
     if "group_order" in tensors:
         grouped = grouped.index_select(1, tensors["group_order"].long())
-    scales = tensors["scales"].float()
-    zeros = _zeros(spec, tensors)
-    parts = []
+    all_scales = tensors["scales"].float()
+    all_zeros = None if spec.symmetric else stored_zeros(spec, tensors)
+    summands: list[Tensor] = []  # float32 [m, out]
+    parts: list[_Planes | FusedRows] = []
     start = 0
     for bits, count in spec.segments:
         here = slice(start, start + count)
-        parts.append(_Part(grouped[:, here], tensors[f"codes_{bits}b"], scales[:, here], zeros[:, here], bits))
         start += count
+        mine, packed, scales = grouped[:, here], tensors[f"codes_{bits}b"], all_scales[:, here]
+        zero = symmetric_zero(bits) if spec.symmetric else 0.0
+        zeros = scales.new_full((1, count), zero) if all_zeros is None else all_zeros[:, here]
+        if 0 < m <= FEW_ROWS and sums_columns(packed, bits, spec.group_size):
+            summands.append(column_sums(mine, packed, scales, bits, zero))
+            centred = spec.symmetric
+        elif can_fuse(packed, tensors["scales"], bits, spec.group_size):
+            centred = rounded or spec.symmetric
+            parts.append(FusedRows(mine, packed, scales, zeros, bits, centred))
+        else:
+            centred = rounded
+            parts.append(_Planes(mine, packed, scales, zeros, bits, centred))
+        if not centred:
+            summands.append(mine.sum(-1) @ (scales * -zeros).t())
     if rounded:
         return _rounded_product(parts, spec.out_features, None if bias is None else bias.to(x.dtype))
-    sums = grouped.sum(-1)
-    out = -((sums * zeros) @ scales.t() if spec.symmetric else sums @ (scales * zeros).t())
     if bias is not None:
-        out += bias.float()
-    for part in parts:
-        _add_codes(out, part)
+        summands.append(bias.float())
+    out = _products(parts, m, spec.out_features) if parts else summands.pop(0)
+    for summand in summands:
+        out += summand
     return out.to(x.dtype)
 
 
-def _zeros(spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> Tensor:
-    """float32 ``[out, G]`` in stored order; symmetric ones, which are the same in every row, ``[1, G]``."""
-    if not spec.symmetric:
-        return stored_zeros(spec, tensors)
-    columns = [symmetric_zero(bits) for bits, count in spec.segments for _ in range(count)]
-    return torch.tensor([columns], device=tensors["scales"].device)
-
-
-class _Part:
+class _Planes:
     """One segment of a product: x in plane order, and tiles of decoded rows.
 
     Args:
@@ -72,10 +83,12 @@ class _Part:
         packed: uint8 ``[out, bytes]``.
         scales, zeros: float32 ``[out, count]``; zeros also ``[1, count]``.
         bits: of the codes.
+        centred: whether zeros are subtracted from the codes.
     """
 
-    def __init__(self, x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
+    def __init__(self, x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bits: int, centred: bool) -> None:
         m, count, group_size = x.shape
+        packed, self.centred = packed.contiguous(), centred
         self.packed, self.scales, self.zeros, self.bits = packed, scales, zeros, bits
         self.period, _ = _block(bits)
         self.n_blocks = -(-count * group_size // self.period)
@@ -92,48 +105,64 @@ class _Part:
         tile = self.scales.new_empty(rows, self.period, self.n_blocks)
         return tile, self.packed.new_empty(rows * self.period * -(-self.n_blocks // 8) * 8)
 
-    def decode(self, rows: slice, tile: Tensor, scratch: Tensor, centred: bool) -> Tensor:
-        """Codes (``centred``: minus zeros) times scales and units, ``[rows, n_columns]`` in plane order."""
-        planes = _unpack_planes(self.packed[rows], self.bits, self.n_blocks, scratch)
+    def decode(self, rows: slice, scratch: tuple[Tensor, Tensor]) -> Tensor:
+        """Codes (minus zeros) times scales and units, ``[rows, n_columns]`` in plane order."""
+        tile, codes = scratch
+        planes = _unpack_planes(self.packed[rows], self.bits, self.n_blocks, codes)
         weight = tile[: len(planes)].copy_(planes)
         groups = self._grouped(weight)
-        if centred:
+        if self.centred:
             zeros = self._spread(self.zeros if len(self.zeros) == 1 else self.zeros[rows])
             groups.sub_(zeros * self.units.view(-1, *[1] * (zeros.ndim - 2)))
         groups.mul_(self._spread(self.scales[rows]))
         return weight.flatten(1)
 
 
-def _add_codes(out: Tensor, part: _Part) -> None:
-    """Add the products of x and scaled codes of one segment to float32 ``out`` [m, out]."""
-    tile_bytes = _TILE_BYTES_WIDE if len(out) >= _WIDE_ROWS else _TILE_BYTES
-    step = max(1, tile_bytes // (4 * part.n_columns))
-    tile, scratch = part.new_tile(min(step, out.shape[1]))
-    for first in range(0, out.shape[1], step):
-        rows = slice(first, first + step)
-        out[:, rows] += part.x @ part.decode(rows, tile, scratch, centred=False).t()
+def _products(parts: list[_Planes | FusedRows], m: int, out_features: int) -> Tensor:
+    """Sum over the parts of float32 x and decoded weights, float32 ``[m, out]``."""
+    tile_bytes = _TILE_BYTES_WIDE if m >= _WIDE_ROWS else _TILE_BYTES
+    out = parts[0].x.new_empty(m, out_features)
+    for index, part in enumerate(parts):
+        step = _even_step(out_features, tile_bytes // (4 * part.n_columns))
+        tile: Any = part.new_tile(step)
+        for first in range(0, out_features, step):
+            rows = slice(first, first + step)
+            product = part.x @ part.decode(rows, tile).t()
+            if index == 0:
+                out[:, rows] = product
+            else:
+                out[:, rows] += product
+    return out
 
 
-def _rounded_product(parts: list[_Part], out_features: int, bias: Tensor | None) -> Tensor:
+def _rounded_product(parts: list[_Planes | FusedRows], out_features: int, bias: Tensor | None) -> Tensor:
     """``[m, out]`` of x and the weight rounded to its dtype; decoded in small tiles, multiplied in wide ones."""
-    x = torch.cat([part.x for part in parts], 1)
+    x = parts[0].x if len(parts) == 1 else torch.cat([part.x for part in parts], 1)
     out = x.new_empty(len(x), out_features)
-    step = min(max(1, _TILE_BYTES // (4 * x.shape[1])), out_features)
-    wide = min(step * max(1, _TILE_BYTES_WIDE // (x.itemsize * step * x.shape[1])), out_features)
-    tiles = [part.new_tile(step) for part in parts]
+    wide = _even_step(out_features, _ROUNDED_BYTES // (x.itemsize * x.shape[1]))
+    step = _even_step(wide, _DECODED_BYTES // (4 * x.shape[1]))
+    tiles: list[Any] = [part.new_tile(step) for part in parts]
     weight = x.new_empty(wide, x.shape[1])
     for first in range(0, out_features, wide):
         last = min(first + wide, out_features)
         for start in range(first, last, step):
             rows = slice(start, min(start + step, last))
             column = 0
-            for part, (tile, scratch) in zip(parts, tiles, strict=True):
+            for part, tile in zip(parts, tiles, strict=True):
                 here = weight[rows.start - first : rows.stop - first, column : column + part.n_columns]
-                here.copy_(part.decode(rows, tile, scratch, centred=True))
+                here.copy_(part.decode(rows, tile))
                 column += part.n_columns
         here = weight[: last - first]
         out[:, first:last] = torch.nn.functional.linear(x, here, None if bias is None else bias[first:last])
     return out
+
+
+def _even_step(n: int, most: int) -> int:
+    """Rows of a tile, at most so many, so that all tiles are about equally large; sixteens where there are enough."""
+    n_tiles = -(-n // max(1, most))
+    even = -(-n // n_tiles)
+    rounded = -(-even // 16) * 16
+    return rounded if rounded <= most else even
 
 
 def _group_view(

@@ -34,6 +34,12 @@ def matmul(x: Tensor, spec: LowRankSpec, tensors: dict[str, Tensor], bias: Tenso
     return grouped_int.matmul(latents, spec.up, without_prefix(UP, tensors), bias)
 
 
+def codes_by_columns(spec: LowRankSpec) -> list[str]:
+    """Stored tensors that a CPU multiplies faster when they lie column after column in memory."""
+    down, up = grouped_int.codes_by_columns(spec.down), grouped_int.codes_by_columns(spec.up)
+    return [DOWN + name for name in down] + [UP + name for name in up]
+
+
 def is_planar(spec: LowRankSpec) -> bool:
     """Whether both factors have a planar form."""
     return planar.is_planar(spec.down) and planar.is_planar(spec.up)

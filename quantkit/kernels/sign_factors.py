@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quantkit.formats.sign_factors import NAME, SignFactorsSpec
+from quantkit.kernels.column_sums import may_sum_columns
 from quantkit.kernels.gemv import HALF_TYPES
 from quantkit.kernels.launch import counts_bits
 from quantkit.kernels.planar_matmul import dequantize_rows
@@ -69,6 +70,12 @@ def matmul_reference(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype)
+
+
+def codes_by_columns(spec: SignFactorsSpec) -> list[str]:
+    """Stored tensors that a CPU multiplies faster when they lie column after column in memory."""
+    columns = {"v_signs": spec.in_features, "u_signs": spec.total_rank}
+    return [name for name, n in columns.items() if may_sum_columns(1, n)]
 
 
 def planar_matmul(x: Tensor, spec: SignFactorsSpec, tensors: dict[str, Tensor], bias: Tensor | None) -> Tensor:

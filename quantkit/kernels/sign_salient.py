@@ -20,6 +20,7 @@ from quantkit.formats.packing import unpack_bits
 from quantkit.formats.sign_salient import NAME, SALIENT, SignSalientSpec
 from quantkit.formats.spec import without_prefix
 from quantkit.kernels import grouped_int
+from quantkit.kernels.column_sums import may_sum_columns
 from quantkit.kernels.launch import counts_bits
 from quantkit.kernels.planar_matmul import dequantize_rows, dequantized_matmul
 from quantkit.kernels.planar_product import has_planar_product, planar_product
@@ -77,6 +78,12 @@ def matmul_reference(x: Tensor, spec: SignSalientSpec, tensors: dict[str, Tensor
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype)
+
+
+def codes_by_columns(spec: SignSalientSpec) -> list[str]:
+    """Stored tensors that a CPU multiplies faster when they lie column after column in memory."""
+    salient = [SALIENT + name for name in grouped_int.codes_by_columns(spec.salient)] if spec.salient else []
+    return ["signs"] * may_sum_columns(1, spec.n_binary) + salient
 
 
 def column_order(spec: SignSalientSpec, tensors: dict[str, Tensor]) -> Tensor:

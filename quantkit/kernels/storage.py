@@ -26,23 +26,30 @@ class Kernel:
     is_planar: Callable[[Any], bool]  # whether a spec has a planar form, which CUDA kernels read
     to_planar: Callable[[Any, Tensors], Tensors]
     from_planar: Callable[[Any, Tensors], Tensors]
+    by_columns: Callable[[Any], list[str]]  # stored tensors that a CPU holds column after column (column_sums.py)
 
 
 KERNELS: dict[str, Kernel] = {
-    grouped_int_format.NAME: Kernel(grouped_int.matmul, planar.is_planar, planar.to_planar, planar.from_planar),
+    grouped_int_format.NAME: Kernel(
+        grouped_int.matmul, planar.is_planar, planar.to_planar, planar.from_planar, grouped_int.codes_by_columns
+    ),
     sign_salient_format.NAME: Kernel(
         sign_salient.matmul,
         sign_planar.has_planar_form,
         sign_planar.salient_to_planar,
         sign_planar.salient_from_planar,
+        sign_salient.codes_by_columns,
     ),
     sign_factors_format.NAME: Kernel(
         sign_factors.matmul,
         sign_planar.always,
         sign_planar.factors_to_planar,
         sign_planar.factors_from_planar,
+        sign_factors.codes_by_columns,
     ),
-    low_rank_format.NAME: Kernel(low_rank.matmul, low_rank.is_planar, low_rank.to_planar, low_rank.from_planar),
+    low_rank_format.NAME: Kernel(
+        low_rank.matmul, low_rank.is_planar, low_rank.to_planar, low_rank.from_planar, low_rank.codes_by_columns
+    ),
 }
 
 

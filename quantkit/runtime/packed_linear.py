@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantkit.formats.checkpoint import TRIPWIRE
 from quantkit.formats.spec import Spec
+from quantkit.kernels.column_sums import by_columns, is_by_columns
 from quantkit.kernels.storage import kernel_of
 
 
@@ -23,7 +24,9 @@ class PackedWeight(nn.Module):
     Buffers: the stored tensors exactly as ``spec.tensor_layout()`` names, types and shapes them, and a zero-element
     ``weight``, which is the checkpoint's tripwire and tells code that peeks at ``linear.weight.dtype`` and ``.device``
     what it wants to know. On a CUDA device the stored tensors are replaced by their planar equal (kernels/planar.py)
-    where the format has one: one copy is held, never both. A state dict always has the stored tensors, byte for byte.
+    where the format has one: one copy is held, never both. On a CPU the codes of a linear lie column after column in
+    memory (kernels/column_sums.py), with shape and values as stored. A state dict always has the stored tensors, byte for
+    byte.
 
     Args:
         spec: shape and storage of the weight.
@@ -33,6 +36,7 @@ class PackedWeight(nn.Module):
     """
 
     weight: Tensor
+    orders_columns = False  # whether the CPU's order is used; not for tables whose rows are looked up
 
     def __init__(
         self,
@@ -56,9 +60,9 @@ class PackedWeight(nn.Module):
         return {name: buffers[name] for name in self.packed_names}  # type: ignore[misc]  # None only for unset ones
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """The tensors of ``spec.tensor_layout()``; computed when the module holds the planar form."""
+        """The tensors of ``spec.tensor_layout()``, contiguous; computed when the module holds them otherwise."""
         if not self.is_planar:
-            return self.packed_tensors()
+            return {name: tensor.contiguous() for name, tensor in self.packed_tensors().items()}
         return self.kernel.from_planar(self.spec, self.packed_tensors())
 
     @property
@@ -68,7 +72,7 @@ class PackedWeight(nn.Module):
     def use_planar_form(self) -> None:
         """Hold the kernels' planar form instead of the stored tensors, where there is one."""
         if not self.is_planar and self.kernel.is_planar(self.spec):
-            self._replace_buffers(self.kernel.to_planar(self.spec, self.packed_tensors()), persistent=False)
+            self._replace_buffers(self.kernel.to_planar(self.spec, self.stored_tensors()), persistent=False)
 
     def use_stored_form(self) -> None:
         """Hold the stored tensors again."""
@@ -77,10 +81,14 @@ class PackedWeight(nn.Module):
 
     def use_device_form(self) -> None:
         """The form that runs where the tensors are: planar on CUDA, stored elsewhere and without Triton."""
-        if self.get_buffer(self.packed_names[0]).is_cuda and find_spec("triton") is not None:
+        device = self.get_buffer(self.packed_names[0]).device.type
+        if device == "cuda" and find_spec("triton") is not None:
             self.use_planar_form()
-        else:
-            self.use_stored_form()
+            return
+        self.use_stored_form()
+        for name in self.kernel.by_columns(self.spec) if self.orders_columns and device == "cpu" else ():
+            if not is_by_columns(self.get_buffer(name)):
+                setattr(self, name, by_columns(self.get_buffer(name)))
 
     def _replace_buffers(self, tensors: dict[str, Tensor], persistent: bool) -> None:
         for name in self.packed_names:
@@ -112,6 +120,8 @@ class PackedWeight(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.is_planar:  # on the CPU: the device has no room for a second copy of every module
             destination |= {prefix + name: tensor.cpu() for name, tensor in self.stored_tensors().items()}
+        elif self.orders_columns:
+            destination |= {prefix + name: tensor for name, tensor in self.stored_tensors().items()}
         if prefix + TRIPWIRE in destination:
             destination[prefix + TRIPWIRE] = destination[prefix + TRIPWIRE].to(torch.float16)
 
@@ -130,6 +140,7 @@ class PackedLinear(PackedWeight):
     """
 
     bias: nn.Parameter | None
+    orders_columns = True
 
     def __init__(
         self,

@@ -53,8 +53,8 @@ def test_mixed_widths_in_any_order(seed, out_features, group_size, bits, symmetr
 @pytest.mark.parametrize(("symmetric", "bits"), [(True, (2, 2, 2)), (False, (3, 1, 4, 6))])
 def test_many_rows_of_bfloat16_meet_the_weight_in_bfloat16(symmetric, bits, monkeypatch):
     """As in a dense model: each weight is rounded once, sums are float32; tiles of rows do not matter."""
-    monkeypatch.setattr("quantkit.kernels.grouped_int_twin._TILE_BYTES", 4 * 32 * len(bits) * 7)
-    monkeypatch.setattr("quantkit.kernels.grouped_int_twin._TILE_BYTES_WIDE", 2 * 32 * len(bits) * 20)
+    monkeypatch.setattr("quantkit.kernels.grouped_int_twin._DECODED_BYTES", 4 * 32 * len(bits) * 7)
+    monkeypatch.setattr("quantkit.kernels.grouped_int_twin._ROUNDED_BYTES", 2 * 32 * len(bits) * 20)
     weight = random_weight(0, 50, 32, bits, symmetric)
     x = activations(0, 70, weight.spec().in_features, dtype=torch.bfloat16)
     bias = torch.linspace(-1, 1, 50)
