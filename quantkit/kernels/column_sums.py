@@ -1,7 +1,7 @@
 """Products of few rows of x with packed codes whose *columns* lie one after the other in memory, on a CPU.
 
-The product of a row of x with a weight is a sum of the weight's columns, weighted by x, and inside a group of columns the
-codes can be summed before they are scaled:
+The product of a row of x with a weight is a sum of the weight's columns, weighted by x, and inside a group of columns
+the codes can be summed before they are scaled:
 
     y[o] = sum_g scales[o, g] * sum_{i in g} (codes[o, i] - zeros[g]) x[i]
 
@@ -64,12 +64,12 @@ def column_sums(x: Tensor, packed: Tensor, scales: Tensor, bits: int, zero: floa
     aligned = n_out % 8 == 0 and packed.storage_offset() % 8 == 0 and packed.stride(1) % 8 == 0
     word = torch.int64 if aligned else torch.uint8
     units, masks, tails = _constants(bits, zero, word)
-    weights = x.reshape(m, n_runs, run, planes).transpose(2, 3) * units
+    weights = (x.reshape(m, n_runs, run, planes) * units).transpose(2, 3).contiguous()
     step = min(n_runs, max(1, _SCRATCH_BYTES // (n_out * run * planes)) * torch.get_num_threads())
     scratch = table.new_empty(step, planes, run, n_out + _TAIL_BYTES)
-    scratch[..., n_out:] = tails
     words = table.view(word).view(n_runs, 1, run, -1)
-    codes = scratch.view(word)[..., : words.shape[3]]
+    codes, ends = scratch.view(word).tensor_split([words.shape[3]], 3)
+    ends.copy_(tails)
     rows = scratch.view(-1, scratch.shape[3])
     sums = []
     for first in range(0, n_runs, step):
@@ -91,6 +91,7 @@ def column_sums(x: Tensor, packed: Tensor, scales: Tensor, bits: int, zero: floa
     return total.mul_(scales.t()).sum(1)
 
 
+@lru_cache(maxsize=64)
 def _run(bits: int, group_size: int) -> int:
     """Bytes of the codes of one output that are summed at once: a divisor of a group's."""
     n_bytes = group_size * bits // 8
@@ -99,12 +100,12 @@ def _run(bits: int, group_size: int) -> int:
 
 @lru_cache(maxsize=64)
 def _constants(bits: int, zero: float, word: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each plane: what x is multiplied by, float32 ``[planes, 1]``; its mask and its tail ``[planes, 1, ...]``."""
+    """Of each plane: what x is multiplied by, float32 ``[planes]``; its mask and its tail, words ``[planes, 1, n]``."""
     shifts = range(0, 8, bits)
-    units = torch.tensor([[0.5**shift] for shift in shifts])
+    units = torch.tensor([0.5**shift for shift in shifts])
     masks = torch.tensor([[[(1 << bits) - 1 << shift] * word.itemsize] for shift in shifts], dtype=torch.uint8)
     tails = torch.tensor([[[1.0, -zero * 2.0**shift]] for shift in shifts])
-    return units, masks.view(word), tails.view(torch.uint8)
+    return units, masks.view(word), tails.view(word)
 
 
 @lru_cache(maxsize=64)

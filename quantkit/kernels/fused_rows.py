@@ -1,8 +1,8 @@
 """Decoding of packed codes, in torch's own operation for tables whose rows hold codes, a scale and an offset.
 
-``quantized::embedding_bag_2bit_unpack`` and its siblings for 4 and 8 bits take rows ``codes | scale | offset`` and yield
-``scale * code + offset`` in float32, at once what masks, a conversion and two products with broadcast numbers yield in
-four passes. A row here is one group of columns of one output.
+``quantized::embedding_bag_2bit_unpack`` and its siblings for 4 and 8 bits take rows ``codes | scale | offset`` and
+yield ``scale * code + offset`` in float32: at once what a mask, a conversion and two operations with broadcast numbers
+yield in four passes. A row here is one group of columns of one output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NUMBERS = {2: torch.float16, 4: torch.float16, 8: torch.float32}  # of scale an
 
 
 def can_fuse(packed: Tensor, scales: Tensor, bits: int, group_size: int) -> bool:
-    """Whether `FusedRows` takes these codes, uint8 ``[out, bytes]``, and stored scales: groups of whole bytes, on a CPU."""
+    """Whether `FusedRows` takes codes uint8 ``[out, bytes]`` and stored scales: groups of whole bytes, on a CPU."""
     return (
         bits in _UNPACK
         and group_size * bits % 8 == 0
@@ -42,7 +42,7 @@ class FusedRows:
     def __init__(self, x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bits: int, centred: bool) -> None:
         self.x, self.bits, self.n_columns = x.flatten(1), bits, x.shape[1] * x.shape[2]
         n_bytes = x.shape[2] * bits // 8
-        packed = packed.contiguous()
+        packed, self.out_features = packed.contiguous(), len(packed)
         self._word = torch.int32 if n_bytes % 4 == 0 and packed.storage_offset() % 4 == 0 else torch.uint8
         self._packed = packed.view(self._word).view(*scales.shape, -1)
         offsets = -scales * zeros if centred else torch.zeros_like(scales)

@@ -1,9 +1,9 @@
 """Torch twin of the `grouped_int` product (grouped_int.py), for the CPU.
 
-It walks over row tiles of bounded size. Codes of 2, 4 and 8 bits are decoded by one operation of torch (fused_rows.py), and
-few rows of x never decode them where the codes lie column after column (column_sums.py). Else *planes* are unpacked: the
-bit stream repeats every byte (1, 2, 4, 8 bits) or every few 16-bit words (3, 5, 6, 7), so code f of every such block sits
-at the same place, and one mask over whole rows yields all of them (4 bits, two codes per byte):
+It walks over row tiles of bounded size. Codes of 2, 4 and 8 bits are decoded by one operation of torch (fused_rows.py),
+and few rows of x need no decoding where the codes lie column after column (column_sums.py). Else *planes* are unpacked:
+the bit stream repeats every byte (1, 2, 4, 8 bits) or every few 16-bit words (3, 5, 6, 7), so code f of every such
+block sits at the same place, and one mask over whole rows yields all of them (4 bits, two codes per byte):
 
     byte      0        1        2                plane 0 = byte & 15     columns 0, 2, 4, ...
            |c1 |c0  |c3 |c2  |c5 |c4   ...       plane 1 = byte & 240    columns 1, 3, 5, ..., in units of 16
@@ -15,6 +15,7 @@ costs far less than interleaving and shifting codes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
@@ -38,41 +39,69 @@ def matmul_reference(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor]
 
     Float32 products; but many rows of bfloat16 are multiplied by the weight rounded to bfloat16, as in a dense model.
     """
-    m = len(x)
-    rounded = x.dtype == torch.bfloat16 and m >= _WIDE_ROWS and not x.is_cuda
-    grouped = (x if rounded else x.float()).reshape(m, spec.n_groups, spec.group_size)
+    rounded = x.dtype == torch.bfloat16 and len(x) >= _WIDE_ROWS and not x.is_cuda
+    segments = _segments(x if rounded else x.float(), spec, tensors)
+    if rounded:
+        parts = [_decoder(segment, centred=True) for segment in segments]
+        return _rounded_product(parts, spec.out_features, None if bias is None else bias.to(x.dtype))
+    out = None if bias is None else bias.float().repeat(len(x), 1)
+    for segment in segments:
+        out = _plus_segment(out, segment)
+    assert out is not None
+    return out.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """The columns of one width."""
+
+    x: Tensor  # [m, count, group_size]
+    packed: Tensor  # uint8 [out, bytes]
+    scales: Tensor  # float32 [out, count]
+    zeros: Tensor | None  # float32 [out, count]; None: symmetric
+    bits: int
+    fuses: bool  # whether `FusedRows` takes it
+
+
+def _segments(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> list[_Segment]:
+    grouped = x.reshape(len(x), spec.n_groups, spec.group_size)
     if "group_order" in tensors:
         grouped = grouped.index_select(1, tensors["group_order"].long())
-    all_scales = tensors["scales"].float()
-    all_zeros = None if spec.symmetric else stored_zeros(spec, tensors)
-    summands: list[Tensor] = []  # float32 [m, out]
-    parts: list[_Planes | FusedRows] = []
+    scales = tensors["scales"].float()
+    zeros = None if spec.symmetric else stored_zeros(spec, tensors)
+    segments = []
     start = 0
     for bits, count in spec.segments:
         here = slice(start, start + count)
+        packed = tensors[f"codes_{bits}b"]
+        fuses = can_fuse(packed, tensors["scales"], bits, spec.group_size)
+        mine = None if zeros is None else zeros[:, here]
+        segments.append(_Segment(grouped[:, here], packed, scales[:, here], mine, bits, fuses))
         start += count
-        mine, packed, scales = grouped[:, here], tensors[f"codes_{bits}b"], all_scales[:, here]
-        zero = symmetric_zero(bits) if spec.symmetric else 0.0
-        zeros = scales.new_full((1, count), zero) if all_zeros is None else all_zeros[:, here]
-        if 0 < m <= FEW_ROWS and sums_columns(packed, bits, spec.group_size):
-            summands.append(column_sums(mine, packed, scales, bits, zero))
-            centred = spec.symmetric
-        elif can_fuse(packed, tensors["scales"], bits, spec.group_size):
-            centred = rounded or spec.symmetric
-            parts.append(FusedRows(mine, packed, scales, zeros, bits, centred))
-        else:
-            centred = rounded
-            parts.append(_Planes(mine, packed, scales, zeros, bits, centred))
-        if not centred:
-            summands.append(mine.sum(-1) @ (scales * -zeros).t())
-    if rounded:
-        return _rounded_product(parts, spec.out_features, None if bias is None else bias.to(x.dtype))
-    if bias is not None:
-        summands.append(bias.float())
-    out = _products(parts, m, spec.out_features) if parts else summands.pop(0)
-    for summand in summands:
-        out += summand
-    return out.to(x.dtype)
+    return segments
+
+
+def _plus_segment(out: Tensor | None, segment: _Segment) -> Tensor:
+    """Float32 ``out`` [m, out], None for nothing, plus the product with a segment; in place."""
+    x, packed, bits = segment.x, segment.packed, segment.bits
+    few = 0 < len(x) <= FEW_ROWS and sums_columns(packed, bits, x.shape[2])
+    centred = segment.zeros is None and (few or segment.fuses)
+    if not centred:  # the part of the zeros, from sums of x alone
+        zeros = symmetric_zero(bits) if segment.zeros is None else segment.zeros
+        of_zeros = x.sum(-1) @ (segment.scales * -zeros).t()
+        out = of_zeros if out is None else out.add_(of_zeros)
+    if few:
+        sums = column_sums(x, packed, segment.scales, bits, symmetric_zero(bits) if centred else 0.0)
+        return sums if out is None else out.add_(sums)
+    return _plus_product(out, _decoder(segment, centred))
+
+
+def _decoder(segment: _Segment, centred: bool) -> _Planes | FusedRows:
+    zeros = segment.zeros
+    if zeros is None:
+        zeros = segment.scales.new_full((1, segment.scales.shape[1]), symmetric_zero(segment.bits))
+    kind = FusedRows if segment.fuses else _Planes
+    return kind(segment.x, segment.packed, segment.scales, zeros, segment.bits, centred)
 
 
 class _Planes:
@@ -88,7 +117,7 @@ class _Planes:
 
     def __init__(self, x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, bits: int, centred: bool) -> None:
         m, count, group_size = x.shape
-        packed, self.centred = packed.contiguous(), centred
+        packed, self.centred, self.out_features = packed.contiguous(), centred, len(packed)
         self.packed, self.scales, self.zeros, self.bits = packed, scales, zeros, bits
         self.period, _ = _block(bits)
         self.n_blocks = -(-count * group_size // self.period)
@@ -118,31 +147,31 @@ class _Planes:
         return weight.flatten(1)
 
 
-def _products(parts: list[_Planes | FusedRows], m: int, out_features: int) -> Tensor:
-    """Sum over the parts of float32 x and decoded weights, float32 ``[m, out]``."""
+def _plus_product(out: Tensor | None, part: _Planes | FusedRows) -> Tensor:
+    """The same of decoded weights."""
+    m, out_features = len(part.x), part.out_features
     tile_bytes = _TILE_BYTES_WIDE if m >= _WIDE_ROWS else _TILE_BYTES
-    out = parts[0].x.new_empty(m, out_features)
-    for index, part in enumerate(parts):
-        step = _even_step(out_features, tile_bytes // (4 * part.n_columns))
-        tile: Any = part.new_tile(step)
-        for first in range(0, out_features, step):
-            rows = slice(first, first + step)
-            product = part.x @ part.decode(rows, tile).t()
-            if index == 0:
-                out[:, rows] = product
-            else:
-                out[:, rows] += product
-    return out
+    step = _even_step(out_features, tile_bytes // (4 * part.n_columns))
+    tile: Any = part.new_tile(step)
+    total = part.x.new_empty(m, out_features) if out is None else out
+    for first in range(0, out_features, step):
+        rows = slice(first, first + step)
+        weight = part.decode(rows, tile).t()
+        if out is None:
+            torch.mm(part.x, weight, out=total[:, rows])
+        else:
+            total[:, rows].addmm_(part.x, weight)
+    return total
 
 
 def _rounded_product(parts: list[_Planes | FusedRows], out_features: int, bias: Tensor | None) -> Tensor:
     """``[m, out]`` of x and the weight rounded to its dtype; decoded in small tiles, multiplied in wide ones."""
     x = parts[0].x if len(parts) == 1 else torch.cat([part.x for part in parts], 1)
-    out = x.new_empty(len(x), out_features)
     wide = _even_step(out_features, _ROUNDED_BYTES // (x.itemsize * x.shape[1]))
     step = _even_step(wide, _DECODED_BYTES // (4 * x.shape[1]))
     tiles: list[Any] = [part.new_tile(step) for part in parts]
     weight = x.new_empty(wide, x.shape[1])
+    outs = []
     for first in range(0, out_features, wide):
         last = min(first + wide, out_features)
         for start in range(first, last, step):
@@ -153,8 +182,8 @@ def _rounded_product(parts: list[_Planes | FusedRows], out_features: int, bias: 
                 here.copy_(part.decode(rows, tile))
                 column += part.n_columns
         here = weight[: last - first]
-        out[:, first:last] = torch.nn.functional.linear(x, here, None if bias is None else bias[first:last])
-    return out
+        outs.append(torch.nn.functional.linear(x, here, None if bias is None else bias[first:last]))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
 
 def _even_step(n: int, most: int) -> int:

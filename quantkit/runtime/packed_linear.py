@@ -25,7 +25,7 @@ class PackedWeight(nn.Module):
     ``weight``, which is the checkpoint's tripwire and tells code that peeks at ``linear.weight.dtype`` and ``.device``
     what it wants to know. On a CUDA device the stored tensors are replaced by their planar equal (kernels/planar.py)
     where the format has one: one copy is held, never both. On a CPU the codes of a linear lie column after column in
-    memory (kernels/column_sums.py), with shape and values as stored. A state dict always has the stored tensors, byte for
+    memory (kernels/column_sums.py), shape and values as stored. A state dict always has the stored tensors, byte for
     byte.
 
     Args:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantkit.errors import RequestError
 from quantkit.formats.grouped_int import pack
+from quantkit.kernels.column_sums import by_columns
 from quantkit.kernels.grouped_int import matmul
 from quantkit.kernels.grouped_int_twin import matmul_reference
 from quantkit.kernels.planar import to_planar
@@ -94,13 +95,15 @@ class LargestOutput(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("by", [lambda tensor: tensor, by_columns])
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_the_dense_weight_never_exists(bits):
+def test_the_dense_weight_never_exists(bits, by):
     weight = random_weight(0, 2048, 128, (bits,) * 16)
     tensors = pack(weight)
+    name = f"codes_{bits}b"
     x = activations(0, 1, 2048)
     with LargestOutput() as largest:
-        matmul_reference(x, weight.spec(), tensors, None)
+        matmul_reference(x, weight.spec(), tensors | {name: by(tensors[name])}, None)
     packed = max(tensor.nbytes for tensor in tensors.values())
     assert largest.n_bytes <= max(packed, 4 << 20)  # the dense float32 weight would take 16 MiB
 

@@ -17,6 +17,7 @@ from quantkit.formats import storage
 from quantkit.formats.sign_factors import SignFactors, SignFactorsSpec
 from quantkit.formats.sign_salient import SignSalient
 from quantkit.kernels import sign_factors, sign_salient
+from quantkit.kernels.column_sums import by_columns
 from quantkit.kernels.storage import kernel_of
 
 Weight = SignSalient | SignFactors
@@ -53,15 +54,19 @@ def magnitude(x: Tensor, weight: Weight) -> tuple[Tensor, int]:
 
 
 def check_product(x: Tensor, weight: Weight, bias: Tensor | None) -> None:
+    """With the stored tensors, and as a CPU holds them."""
     spec, tensors = weight.spec(), storage.pack(weight)
-    got = kernel_of(spec).matmul(x, spec, tensors, bias)
+    kernel = kernel_of(spec)
     expected = x.double() @ weight.dequantize().double().t()
     terms, n_terms = magnitude(x, weight)
     if bias is not None:
         expected, terms = expected + bias.double(), terms + bias.double().abs()
-    assert (got.dtype, tuple(got.shape)) == (x.dtype, (len(x), spec.out_features))
     bound = n_terms * UNIT * terms + n_terms * UNIT * rounding(terms, x.dtype) + rounding(expected, x.dtype) + 1e-40
-    assert bool(((got.double() - expected).abs() <= bound).all())
+    held = tensors | {name: by_columns(tensors[name]) for name in kernel.by_columns(spec)}
+    for each in (tensors, held):
+        got = kernel.matmul(x, spec, each, bias)
+        assert (got.dtype, tuple(got.shape)) == (x.dtype, (len(x), spec.out_features))
+        assert bool(((got.double() - expected).abs() <= bound).all())
 
 
 @law

@@ -10,6 +10,8 @@ from packed_models import round_to_nearest
 from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedInt, pack
+from quantkit.kernels.column_sums import is_by_columns
+from quantkit.runtime.packed_embedding import PackedEmbedding
 from quantkit.runtime.packed_linear import PackedLinear
 
 EPSILON = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # unit roundoff
@@ -108,6 +110,24 @@ def test_planar_form_is_held_instead_and_saved_as_the_stored_bytes(bits: tuple[i
     assert not layer.is_planar
     assert same_tensors(layer.stored_tensors(), pack(rounded))
     assert [name for name, _ in layer.named_buffers() if name != "weight"] == list(rounded.spec().tensor_layout())
+
+
+def test_a_cpu_holds_codes_column_after_column() -> None:
+    """Shapes and values are the stored ones; what leaves the module is laid out as in the file."""
+    layer, rounded = random_layer((4, 2, 3, 1))
+    names = [f"codes_{bits}b" for bits in (1, 2, 4)]
+    layer.load_state_dict(layer.state_dict())
+    for module in (layer, copy.deepcopy(layer), layer.to(torch.bfloat16)):
+        assert all(is_by_columns(module.get_buffer(name)) for name in names)
+        assert module.get_buffer("codes_3b").is_contiguous()
+        assert same_tensors(module.packed_tensors(), pack(rounded))
+        for tensors in (module.stored_tensors(), module.state_dict()):
+            assert all(tensor.is_contiguous() for tensor in tensors.values())
+    layer.use_planar_form()
+    assert same_tensors(layer.stored_tensors(), pack(rounded))
+    table = PackedEmbedding(rounded.spec())
+    table.load_state_dict({name: tensor for name, tensor in layer.state_dict().items() if name != "bias"})
+    assert not any(is_by_columns(table.get_buffer(name)) for name in names)
 
 
 def test_group_size_without_a_planar_form_keeps_the_stored_tensors() -> None:
