@@ -45,7 +45,7 @@ class FusedRows:
         packed, self.out_features = packed.contiguous(), len(packed)
         self._word = torch.int32 if n_bytes % 4 == 0 and packed.storage_offset() % 4 == 0 else torch.uint8
         self._packed = packed.view(self._word).view(*scales.shape, -1)
-        offsets = -scales * zeros if centred else torch.zeros_like(scales)
+        offsets = scales * -zeros if centred else torch.zeros_like(scales)
         kept = offsets.to(_NUMBERS[bits])
         # what two bytes cannot hold is added to the decoded row instead
         self._offsets = None if torch.equal(kept.float(), offsets) else offsets
