@@ -79,7 +79,7 @@ def _slice_asm(bf16):
 
 
 @triton.jit
-def _signed_byte(word, BYTE: tl.constexpr):
+def signed_byte(word, BYTE: tl.constexpr):
     return (word << (24 - 8 * BYTE)) >> 24
 
 
@@ -119,7 +119,7 @@ def byte_dot(words, highs, lows, MASK: tl.constexpr, ASM: tl.constexpr):
         total = tl.zeros_like(words)
         for byte in tl.static_range(4):
             code = (words >> (8 * byte)) & (MASK & 0xFF)
-            total += code * (256 * _signed_byte(highs, byte) + _signed_byte(lows, byte))
+            total += code * (256 * signed_byte(highs, byte) + signed_byte(lows, byte))
         return tl.sum(total, 1)
 
 

@@ -49,6 +49,11 @@ class SignParts:
         return row_threads(planar_segments(self.integers)[0]) if self.integers else 0
 
     @property
+    def chunks(self) -> int:
+        """Fours of these threads."""
+        return -(-self.threads // 4)
+
+    @property
     def pairs(self) -> int:
         return planar_segments(self.integers)[0].planes_per_block // 2 if self.integers else 0
 
@@ -144,7 +149,7 @@ def make_ready(source: Source, parts: SignParts, places: Tensor, factors: Tensor
 def new_ready(parts: SignParts, places: Tensor) -> tuple[Tensor, Tensor]:
     """Room for `make_ready`'s results: int32 and float32 ``[copies, ...]``."""
     size = 16 * 8 * parts.words8 + 8 * parts.pairs * parts.threads
-    numbers = 2 * parts.blocks + (1 + parts.pairs) * parts.threads
+    numbers = 2 * parts.blocks + (1 + 2 * parts.pairs) * parts.chunks
     return (
         torch.empty(len(places), size, dtype=torch.int32, device=places.device),
         torch.empty(len(places), numbers, dtype=torch.float32, device=places.device),
@@ -161,7 +166,7 @@ def ready_launch(
     residual: Tensor,
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """Grid and arguments of `ready_kernel`."""
-    count = _SLICED_COLUMNS // (16 * max(parts.pairs, 1))
+    count = max(4, _SLICED_COLUMNS // (16 * max(parts.pairs, 1)))
     n_columns = source.x.shape[1] // (2 if source.kind == "gated" else 1)
     block = 1 << (n_columns - 1).bit_length() if source.kind == "norm" else 1
     arguments = {

@@ -17,6 +17,7 @@ from quantkit.kernels.byte_products_triton import TINY
 
 PLANES = tl.constexpr(16)
 WORDS = tl.constexpr(32)  # of a block: 1024 columns
+CHUNK = tl.constexpr(4)  # threads of the product that share a unit of their slices
 
 
 @triton.jit
@@ -109,7 +110,9 @@ def _slice_part(
         x, update, weight, residual, places, factors, thread * COLUMNS + column, (thread < n) & (column >= 0), eps,
         n_columns, SOURCE, HAS_UPDATE, BLOCK, PDL,
     )  # fmt: skip
-    unit, inverse = _unit(tl.max(_magnitude(value), 1)[:, None])
+    largest = tl.max(tl.reshape(tl.max(_magnitude(value), 1), (COUNT // CHUNK, CHUNK)), 1)
+    unit, inverse = _unit(largest)
+    inverse = tl.reshape(tl.broadcast_to(inverse[:, None], (COUNT // CHUNK, CHUNK)), (COUNT,))[:, None]
     # 1.5 * 2**23 + 128 leaves the rounded value + 128 in the last bits: its second byte is the high slice
     moved = (value * inverse + 12583040.0).to(tl.int32, bitcast=True)
     number = moved - 0x4B400080
@@ -120,10 +123,15 @@ def _slice_part(
     target = slices + word // 4 * (8 * n) + thread * 4 + word % 4
     tl.store(target, high, mask=(thread < n) & (word >= 0))
     tl.store(target + 4 * n, low, mask=(thread < n) & (word >= 0))
-    pair = tl.arange(0, PAIRS)[None, :]
-    total = tl.sum(tl.reshape(number, (COUNT, PAIRS, 16)), 2).to(tl.float32)
-    tl.store(units + thread, unit, mask=thread < n)
-    tl.store(sums + pair * n + thread, total, mask=(thread < n) & (pair >= 0))
+    # of each pair of planes, two threads together
+    total = tl.sum(tl.reshape(number, (COUNT, PAIRS, 16)), 2)
+    total = tl.sum(tl.reshape(total, (COUNT // 2, 2, PAIRS)), 1).to(tl.float32)
+    half = (first // 2 + tl.arange(0, COUNT // 2))[:, None]
+    n_chunks = (n + CHUNK - 1) // CHUNK
+    place = sums + tl.arange(0, PAIRS)[None, :] * (2 * n_chunks) + half
+    tl.store(place, total, mask=half + 0 * tl.arange(0, PAIRS)[None, :] < 2 * n_chunks)
+    chunk = first // CHUNK + tl.arange(0, COUNT // CHUNK)
+    tl.store(units + chunk, unit, mask=chunk < n_chunks)
 
 
 @triton.jit(do_not_specialize=["n_columns", "n_words8", "n_blocks", "n_threads", "n_cells", "n_ready", "n_numbers"])
@@ -141,8 +149,8 @@ def ready_kernel(
         places, factors: per copy n_cells: the column of x (-1: zero) and its scale, for each bit of the words of signs
             and for each byte that a thread reads of the integers.
         ready: int32, per copy n_ready: planes [16, n_words]; slices [pairs, 2, threads, 4], high ones, then low ones.
-        numbers: float32, per copy n_numbers: units and sums of the blocks of 1024 columns; units of the threads'
-            slices, and their sums in these units [pairs, threads].
+        numbers: float32, per copy n_numbers: units and sums of the blocks of 1024 columns; units of the slices of CHUNK
+            threads, and the sums of two threads' in these units [pairs, 2, for each CHUNK].
         n_words8, n_blocks: words / 8 of a row of signs, and its blocks.
         n_threads, PAIRS: of a row of integers; PAIRS 0: there are none.
     """
@@ -164,8 +172,9 @@ def ready_kernel(
     elif PAIRS > 0:
         skip = n_words * 32
         numbers += 2 * n_blocks
+        n_chunks = (n_threads + CHUNK - 1) // CHUNK
         _slice_part(
             x, update, weight, residual, places + skip, factors + skip, eps, n_columns, ready + n_words * PLANES,
-            numbers, numbers + n_threads, (program - n_blocks * EACH) * COUNT, n_threads, SOURCE, HAS_UPDATE, BLOCK,
+            numbers, numbers + n_chunks, (program - n_blocks * EACH) * COUNT, n_threads, SOURCE, HAS_UPDATE, BLOCK,
             PAIRS, COUNT, PDL,
         )  # fmt: skip

@@ -29,11 +29,10 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignRowsConfig:
-    """Shape of a launch of the product: 16 * ``tiles`` rows; rows of integers are walked by ``lanes`` threads."""
+    """Shape of a launch of the product: 16 * ``tiles`` rows for a program."""
 
     tiles: int
     warps: int
-    lanes: int = 32
     max_registers: int | None = None
 
 
@@ -52,7 +51,7 @@ def choose_sign_rows(parts: SignParts) -> SignRowsConfig:
     if parts.integers is None:  # a warp for each block of columns
         return SignRowsConfig(tiles=1, warps=min(16, max(2, blocks)))
     if blocks > 8:
-        return SignRowsConfig(tiles=1, warps=8, lanes=64)
+        return SignRowsConfig(tiles=1, warps=8)
     if blocks > 4 or parts.signs.out_features < _MANY_ROWS:
         return SignRowsConfig(tiles=2 if blocks > 4 else 1, warps=4)
     return SignRowsConfig(tiles=2, warps=4, max_registers=128)  # four programs for each multiprocessor
@@ -115,7 +114,7 @@ def rows_launch(
         "n_ready": ready.shape[1],
         "n_numbers": numbers.shape[1],
         "n_rows": n_rows,
-        "stride4": padded_rows(parts.signs) // 4,
+        "stride2": padded_rows(parts.signs) // 2,
         "n_words8": parts.words8,
         "n_blocks": parts.blocks,
         "HAS_MEANS": "means" in signs,
@@ -123,7 +122,6 @@ def rows_launch(
         "ONCE": parts.blocks <= config.warps,
         "HAS_BIAS": bias is not None,
         "TILES": config.tiles,
-        "LANES": config.lanes,
         "WARPS": config.warps,
         "num_warps": config.warps,
         "maxnreg": config.max_registers,
@@ -137,13 +135,14 @@ def _integer_arguments(
 ) -> dict[str, Any]:
     if spec is None or tensors is None:
         nothing = dict.fromkeys(("words", "scales", "zeros"), signs["scales"])
-        numbers = dict.fromkeys(("n_threads", "stride16", "chunks"), 0)
-        return nothing | numbers | {"BITS": 0, "WIDTH": 16, "GROUP": 1, "ZERO": 0.0, "WHOLE": True}
+        numbers = {"n_threads": 0, "stride16": 0, "STEPS": 0}
+        return nothing | numbers | {"BITS": 0, "WIDTH": 16, "GROUP": 1, "ZERO": 0.0, "HALF": False}
     segment = planar_segments(spec)[0]
-    scales = tensors["planar_scales"].flatten().view(torch.int64)
+    scales = tensors["planar_scales"].flatten().view(torch.int32)
     zeros = tensors.get("planar_zeros")
+    half = zeros is not None and zeros.dtype == torch.float16
     if zeros is not None:
-        zeros = zeros.flatten().view(torch.int64 if zeros.dtype == torch.float16 else torch.int32)
+        zeros = zeros.flatten().view(torch.int32 if half else torch.int16)
     threads = row_threads(segment)
     return {
         "words": tensors["planar"].view(torch.int32),
@@ -151,12 +150,12 @@ def _integer_arguments(
         "zeros": scales if zeros is None else zeros,
         "n_threads": threads,
         "stride16": segment.row_words // 16,
-        "chunks": -(-threads // config.lanes),
         "BITS": segment.bits,
         "WIDTH": segment.plane_width,
         "GROUP": spec.group_size,
         "ZERO": None if zeros is not None else constant_zero(spec, segment),
-        "WHOLE": threads <= config.lanes,
+        "HALF": half,
+        "STEPS": -(-threads * config.tiles // (4 * config.warps)),
     }
 
 

@@ -1,7 +1,8 @@
 """Triton kernel for one row times packed signs, with integers beside them, from what `ready_kernel` makes of the row.
 
 A tensor core counts the ones that 16 rows of signs and 8 planes of the row have in common. Rows have one scale, so
-counts are added up over 1024 columns, which share the unit of their 16-bit integers.
+counts are added up over 1024 columns, which share the unit of their 16-bit integers. Integers are multiplied as bytes,
+by the tensor core as well (byte_columns_triton.py).
 """
 
 # ruff: noqa: RUF005 - tuples are built by addition: Triton does not unpack
@@ -13,10 +14,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.kernels.bit_products_triton import count_common
-from quantkit.kernels.byte_products_triton import byte_dot, field_mask, field_unit, four, pairs_of, stacked
-from quantkit.kernels.gemv_triton import row_factor
-from quantkit.kernels.ready_row_triton import PLANES, WORDS
+from quantkit.kernels.bit_products_triton import count_common, two_to
+from quantkit.kernels.byte_columns_triton import byte_product as byte_sums
+from quantkit.kernels.byte_products_triton import field_mask, four, pairs_of, stacked
+from quantkit.kernels.ready_row_triton import CHUNK, PLANES, WORDS
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def _counted(totals, loaded, planes, unit, q, TILES: tl.constexpr, ASM: tl.const
 
 @triton.jit
 def _sign_shares(
-    signs, ready, numbers, loaded, row, n_words, n_blocks, block, g, q, ONCE: tl.constexpr, TILES: tl.constexpr,
+    signs, ready, numbers, loaded, row, n_words, n_blocks, block, q, g, ONCE: tl.constexpr, TILES: tl.constexpr,
     WARPS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """A lane's shares of its rows' products with what is ready, the first block's words loaded already."""
@@ -92,92 +93,162 @@ def _sign_shares(
     return totals
 
 
+@triton.constexpr_function
+def _halves(width):
+    """Parts of a chunk of four threads whose columns may be of different groups."""
+    return 2 if width == 16 else 1
+
+
+@triton.constexpr_function
+def _slots(bits, width, steps):
+    """Sums over one group's part of a chunk, in all chunks of a warp."""
+    return _halves(width) * pairs_of(bits) * steps
+
+
+@triton.jit
+def _load_codes(words, row, n_words, first, step, n_threads, q, STEPS: tl.constexpr):
+    """Of two rows from ``row`` on: four words of the lane's thread of each chunk, and whether it is there."""
+    loaded = ()
+    for index in tl.static_range(STEPS):
+        thread = (first + index * step) * CHUNK + q
+        for member in tl.static_range(2):
+            place = words + ((row + member).to(tl.int64) * n_words + thread * 4)[:, None] + tl.arange(0, 4)[None, :]
+            valid = (thread < n_threads)[:, None]
+            loaded = loaded + (tl.load(place, mask=valid, other=0, eviction_policy="evict_first"),)
+    return loaded
+
+
+@triton.jit
+def _slot_of(first, step, number, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """Chunk, pair and half of a slot, which depends on the lane."""
+    each: tl.constexpr = _halves(WIDTH) * pairs_of(BITS)
+    return first + number // each * step, number // _halves(WIDTH) % pairs_of(BITS), number % _halves(WIDTH)
+
+
+@triton.jit
+def _load_numbers(
+    numbers, row, stride, first, step, n_threads, q, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """Scales (or zeros) of two rows, one number, for the slots that lane q gets the sums of."""
+    loaded = ()
+    for index in tl.static_range(0, _slots(BITS, WIDTH, STEPS), 4):
+        chunk, pair, half = _slot_of(first, step, index + q, BITS, WIDTH)
+        thread = chunk * CHUNK + half * 2
+        group = (thread // (WIDTH // 8) * (2 * pairs_of(BITS)) + 2 * pair) * WIDTH // GROUP
+        valid = (thread < n_threads) & (index + q < _slots(BITS, WIDTH, STEPS))
+        loaded = loaded + (tl.load(numbers + group * stride + row // 2, mask=valid, other=0),)
+    return loaded
+
+
 @triton.jit
 def _load_integers(
-    words, scales, zeros, row, stride16, stride4, lane, valid, BITS: tl.constexpr, WIDTH: tl.constexpr,
-    GROUP: tl.constexpr, ZERO: tl.constexpr, ROWS: tl.constexpr,
+    words, scales, zeros, row, stride16, stride2, first, step, n_threads, q, BITS: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, ZERO: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Each thread's four words of its ROWS rows, and scales and zeros of each pair, four rows to a number."""
-    loaded = ()
-    for number in tl.static_range(ROWS):
-        place = (row + number).to(tl.int64) * (stride16 * 8) + lane * 4
-        source = words + place[:, None] + tl.arange(0, 4)[None, :]
-        loaded = loaded + (tl.load(source, mask=valid[:, None], other=0, eviction_policy="evict_first"),)
-    factors = ()
-    offsets = ()
-    for pair in tl.static_range(pairs_of(BITS)):
-        group = (lane // (WIDTH // 8) * (2 * pairs_of(BITS)) + 2 * pair) * WIDTH // GROUP
-        for quad in tl.static_range(ROWS // 4):
-            place = group * stride4 + row // 4 + quad
-            factors = factors + (tl.load(scales + place, mask=valid, other=0),)
-            if ZERO is None:
-                offsets = offsets + (tl.load(zeros + place, mask=valid, other=0),)
-    return loaded, factors, offsets
+    codes = _load_codes(words, row, stride16 * 8, first, step, n_threads, q, STEPS)
+    factors = _load_numbers(scales, row, stride2, first, step, n_threads, q, BITS, WIDTH, GROUP, STEPS)
+    offsets = factors
+    if ZERO is None:
+        offsets = _load_numbers(zeros, row, stride2, first, step, n_threads, q, BITS, WIDTH, GROUP, STEPS)
+    return codes, factors, offsets
 
 
 @triton.jit
-def _multiplied(
-    totals, loaded, scales, zeros, slices, units, sums, n, lane, BITS: tl.constexpr, ZERO: tl.constexpr,
-    ROWS: tl.constexpr, ASM: tl.constexpr,
+def _numbers_of_two(packed, HALF: tl.constexpr):
+    """Two float16 in an int32, or two bytes in an int16."""
+    if HALF:
+        first = packed.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return first, (packed >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        wide = packed.to(tl.int32)
+        return (wide & 0xFF).to(tl.float32), ((wide >> 8) & 0xFF).to(tl.float32)
+
+
+@triton.jit
+def _integer_sums(
+    loaded, slices, units, sums, first, step, n, g, q, BITS: tl.constexpr, WIDTH: tl.constexpr, ZERO: tl.constexpr,
+    HALF: tl.constexpr, STEPS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """totals of each row plus its sum of scale * (code - zero) * x over a thread's columns."""
-    valid = lane < n
-    place = slices + (lane * 4)[:, None] + tl.arange(0, 4)[None, :]
-    unit = tl.load(units + lane, mask=valid, other=0.0)
-    results = ()
-    for _ in tl.static_range(ROWS):
-        results = results + (tl.zeros_like(unit),)
-    for pair in tl.static_range(pairs_of(BITS)):
-        high = tl.load(place + pair * 8 * n, mask=valid[:, None], other=0)
-        low = tl.load(place + (pair * 8 + 4) * n, mask=valid[:, None], other=0)
-        whole = tl.load(sums + pair * n + lane, mask=valid, other=0.0)
+    """The lane's share of scale * (code - zero) * x of its two rows.
+
+    The tensor core multiplies masked words of 16 rows by 8 columns: 2i are the high slices of slot i of four, 2i + 1
+    the low ones, the other columns are zeros meanwhile. So lane q has the sums of slot q, whose group it scales.
+    """
+    codes, factors, offsets = loaded
+    SLOTS: tl.constexpr = _slots(BITS, WIDTH, STEPS)
+    HALVES: tl.constexpr = _halves(WIDTH)
+    EACH: tl.constexpr = HALVES * pairs_of(BITS)
+    n_chunks = (n + CHUNK - 1) // CHUNK
+    nothing = tl.zeros_like(q)
+    columns = ()
+    for slot in tl.static_range(SLOTS):
+        thread = (first + slot // EACH * step) * CHUNK + q
+        place = (slot // HALVES % pairs_of(BITS) * 2 + g % 2) * n + thread
+        taken = (thread < n) & (g // 2 == slot % 4) & (q * HALVES // 4 == slot % HALVES)
+        source = slices + (place * 4)[:, None] + tl.arange(0, 4)[None, :]
+        columns = columns + (tl.load(source, mask=taken[:, None], other=0),)
+    results = (nothing.to(tl.float32), nothing.to(tl.float32))
+    for index in tl.static_range(0, SLOTS, 4):
+        chunk, pair, half = _slot_of(first, step, index + q, BITS, WIDTH)
+        valid = (chunk < n_chunks) & (index + q < SLOTS)
+        unit = tl.load(units + chunk, mask=valid, other=0.0)
+        place = sums + pair * (2 * n_chunks) + chunk * 2 + half
+        whole = tl.load(place, mask=valid, other=0.0)
+        if HALVES == 1:
+            whole += tl.load(place + 1, mask=valid, other=0.0)
+        products = (nothing, nothing, nothing, nothing)
+        for slot in tl.static_range(index, SLOTS if index + 4 > SLOTS else index + 4):
+            products = byte_sums(
+                codes[slot // EACH * 2], codes[slot // EACH * 2 + 1], four(columns[slot]), products,
+                field_mask(BITS, slot // HALVES % pairs_of(BITS)), ASM,
+            )  # fmt: skip
+        field = two_to(-BITS * pair)  # codes are multiplied where they are in their bytes
+        scale = _numbers_of_two(factors[index // 4], True)
+        zero = (ZERO, ZERO)
+        if ZERO is None:
+            zero = _numbers_of_two(offsets[index // 4], HALF)
         following = ()
-        for row in tl.static_range(ROWS):
-            product = byte_dot(loaded[row], high, low, field_mask(BITS, pair), ASM).to(tl.float32)
-            factor = row_factor(scales[pair * (ROWS // 4) + row // 4], row % 4)
-            zero = ZERO
-            if ZERO is None:
-                zero = row_factor(zeros[pair * (ROWS // 4) + row // 4], row % 4)
-            term = (product * field_unit(BITS, pair) - whole * zero) * factor
-            following = following + (results[row] + term,)
+        for row in tl.static_range(2):
+            product = (products[2 * row] * 256 + products[2 * row + 1]).to(tl.float32) * field
+            following = following + (results[row] + (product - whole * zero[row]) * (scale[row] * unit),)
         results = following
-    sum_now = ()
-    for row in tl.static_range(ROWS):
-        sum_now = sum_now + (totals[row] + results[row] * unit,)
-    return sum_now
+    return results
 
 
 @triton.jit(
     do_not_specialize=[
-        "second", "third", "n_ready", "n_numbers", "n_rows", "stride4", "n_words8",
-        "n_blocks", "n_threads", "stride16", "chunks",
+        "second", "third", "n_ready", "n_numbers", "n_rows", "stride2", "n_words8", "n_blocks", "n_threads", "stride16",
     ]
 )  # fmt: skip
 def sign_rows_kernel(
-    ready, numbers, signs, sign_scales, sign_means, words, scales, zeros, bias, y, second, third, n_ready,
-    n_numbers, n_rows, stride4, n_words8, n_blocks, n_threads, stride16, chunks,
-    HAS_MEANS: tl.constexpr, BLOCKS: tl.constexpr, ONCE: tl.constexpr, BITS: tl.constexpr,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    TILES: tl.constexpr, LANES: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr = False,
+    ready, numbers, signs, sign_scales, sign_means, words, scales, zeros, bias, y, second, third, n_ready, n_numbers,
+    n_rows, stride2, n_words8, n_blocks, n_threads, stride16, HAS_MEANS: tl.constexpr, BLOCKS: tl.constexpr,
+    ONCE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ZERO: tl.constexpr,
+    HALF: tl.constexpr, STEPS: tl.constexpr, HAS_BIAS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y [n_rows] = (sign_scales * signs + sign_means) x + (integers) x + bias. Grid (n_rows / (16 * TILES),).
 
-    The warps of a program share the columns of the signs, block by block; each has rows of the integers of its own.
+    The warps of a program share the columns of the signs, block by block. TILES neighbouring warps each have 16 rows
+    of the integers; there are WARPS / TILES such sets of warps, which share the columns, four threads' at a time.
 
     Args:
         ready, numbers: of `ready_kernel`, per copy n_ready and n_numbers.
         signs: planar-16 words of one bit, n_words8 * 8 of 32 bits in a row, ``n_blocks`` blocks; a scale (and a mean)
             of any float dtype for each row. BLOCKS: a power of two, not less. ONCE: there is one block for each warp.
-        words, scales, zeros: planar-16 integers; scales and zeros of four rows are one number (int64 or int32).
+        words, scales, zeros: planar-16 integers; scales are read as int32, two at a time; zeros as int16, or, if they
+            are float16 (HALF), as int32.
         second, third: first rows that take the second and the third copy.
-        stride4: a quarter of the rows of ``scales``.
-        n_threads, stride16, chunks: threads of a row of integers, its words / 16, and how often LANES threads go
-            through it. WHOLE: once. BITS 0: there are none.
+        stride2: half of the rows of ``scales``.
+        n_threads, stride16: threads of a row of integers (four words each), and its words / 16.
+        STEPS: how often the sets of warps take four threads each. BITS 0: there are no integers.
     """
     if PDL:
         gdc_launch_dependents()
     THREADS: tl.constexpr = 32 * WARPS
     ROWS: tl.constexpr = 16 * TILES
+    N: tl.constexpr = 2 * TILES
     thread = tl.arange(0, THREADS)
     g = thread % 32 // 4
     q = thread % 4
@@ -187,54 +258,45 @@ def sign_rows_kernel(
     ready += copy * (n_ready // 4) * 4
     numbers += copy * n_numbers
     block = thread // 32
-    row = first_row + g * (2 * TILES)
-    loaded = _load_signs(signs, row, n_words, block, q, 2 * TILES)
+    row = first_row + g * N
+    loaded = _load_signs(signs, row, n_words, block, q, N)
     if BITS > 0:
-        OWN: tl.constexpr = ROWS * LANES // THREADS
-        lane = thread % LANES
-        own_row = first_row + thread // LANES * OWN
-        codes, factors, offsets = _load_integers(
-            words, scales, zeros, own_row, stride16, stride4, lane, lane < n_threads, BITS, WIDTH, GROUP, ZERO, OWN
-        )
+        own = block % TILES
+        chunk = block // TILES
+        integers = _load_integers(
+            words, scales, zeros, row + own * 2, stride16, stride2, chunk, WARPS // TILES, n_threads, q, BITS, WIDTH,
+            GROUP, ZERO, STEPS,
+        )  # fmt: skip
+    factors = ()
+    for index in tl.static_range(N):
+        factor = tl.load(sign_scales + row + index, mask=row + index < n_rows, other=0.0)
+        factors = factors + (factor.to(tl.float32),)
     rows = first_row + tl.arange(0, ROWS)
-    factor = tl.load(sign_scales + rows, mask=rows < n_rows, other=0.0)
-    means = tl.zeros((ROWS,), tl.float32)
+    # of signs: twice what their bits give, without all
+    each = -tl.load(sign_scales + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
     if HAS_MEANS:
-        means = tl.load(sign_means + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
+        each += tl.load(sign_means + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     if HAS_BIAS:
         total = tl.load(bias + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
     if PDL:  # weights are on their way; what is made ready may not be there yet
         gdc_wait()
+    sums = (0, 0)
     if BITS > 0:
-        slices = ready + n_words * PLANES
         units = numbers + 2 * n_blocks
-        sums = ()
-        for _ in tl.static_range(OWN):
-            sums = sums + (tl.zeros((THREADS,), tl.float32),)
-        for _ in range(1 if WHOLE else chunks):
-            now_codes = codes
-            now_factors = factors
-            now_offsets = offsets
-            here = lane
-            lane += LANES
-            if not WHOLE:
-                codes, factors, offsets = _load_integers(
-                    words, scales, zeros, own_row, stride16, stride4, lane, lane < n_threads, BITS, WIDTH, GROUP, ZERO,
-                    OWN,
-                )  # fmt: skip
-            sums = _multiplied(
-                sums, now_codes, now_factors, now_offsets, slices, units, units + n_threads, n_threads, here, BITS,
-                ZERO, OWN, ASM,
-            )  # fmt: skip
-    shares = _sign_shares(signs, ready, numbers, loaded, row, n_words, n_blocks, block, g, q, ONCE, TILES, WARPS, ASM)
+        sums = _integer_sums(
+            integers, ready + n_words * PLANES, units, units + (n_threads + CHUNK - 1) // CHUNK, chunk, WARPS // TILES,
+            n_threads, g, q, BITS, WIDTH, ZERO, HALF, STEPS, ASM,
+        )  # fmt: skip
+    counted = _sign_shares(signs, ready, numbers, loaded, row, n_words, n_blocks, block, q, g, ONCE, TILES, WARPS, ASM)
+    shares = ()
+    for index in tl.static_range(N):
+        share = 2 * counted[index] * factors[index]
+        if BITS > 0:
+            share += tl.where(own == index // 2, sums[index % 2], 0.0)
+        shares = shares + (share,)
     places = tl.arange(0, BLOCKS)
     whole = tl.sum(tl.load(numbers + n_blocks + places, mask=places < n_blocks, other=0.0), 0)
-    counted = tl.reshape(stacked(shares, 2 * TILES), (WARPS, 8, 4, 2 * TILES))
-    # of signs: twice what their bits give, without all
-    total += (2 * tl.reshape(tl.sum(tl.sum(counted, 2), 0), (ROWS,)) - whole) * factor.to(tl.float32)
-    total += whole * means
-    if BITS > 0:
-        added = tl.sum(tl.reshape(stacked(sums, OWN), (THREADS // LANES, LANES, OWN)), 1)
-        total += tl.reshape(added, (ROWS,))
+    lanes = tl.reshape(stacked(shares, N), (WARPS, 8, 4, N))
+    total += tl.reshape(tl.sum(tl.sum(lanes, 2), 0), (ROWS,)) + whole * each
     tl.store(y + rows, total.to(y.dtype.element_ty), mask=rows < n_rows)

@@ -60,10 +60,9 @@ def test_signs_beside_integers(compile_for_sm90, out_features, in_features):
     _, sass, resources = compile_for_sm90(sign_rows_kernel, grid, arguments, ASM=True, **EARLY)
     assert resources["STACK"] <= (16 if config.max_registers else 0)  # bytes; more programs are worth a spill
     assert "BMMA.168256.AND.POPC" in sass
-    assert "IDP.4A" in sass
-    integer_rows = 16 * config.tiles * config.lanes // (32 * config.warps)
+    assert "IMMA.16832.U8.S8" in sass
     asked = len(re.findall(r"LDG\.E\.EF\.128", sass.split("ACQBULK")[0]))
-    assert asked == 4 * config.tiles + integer_rows
+    assert asked == 4 * config.tiles + 2 * arguments["STEPS"]
 
 
 def test_signs_alone(compile_for_sm90):
