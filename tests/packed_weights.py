@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quantkit.formats.grouped_int import GroupedInt, pack, symmetric_zero
-from quantkit.kernels.bit_gemv import has_one_scale
+from quantkit.kernels.bit_gemv import has_one_scale, x_bits
 from quantkit.kernels.planar import planar_segments
 
 
@@ -106,12 +106,14 @@ def slice_error(x: Tensor, weight: GroupedInt) -> Tensor:
 
 
 def integer_error(x: Tensor, weight: GroupedInt) -> Tensor:
-    """Bound on what is lost of ``x`` [m, in] where bit products take it in 16 bits (bit_gemv_triton.py).
+    """Bound on what is lost of ``x`` [m, in] where bit products take it in 16 or 12 bits (bit_planes_triton.py).
 
     The unit is the largest magnitude of 128 columns that lanes exchange, or, with one scale for all columns of a warp,
-    of these 1024, over 32512. Half a unit is lost in rounding (a little more: the quotient is rounded too).
+    of these 1024, over the largest integer. Half a unit is lost in rounding (a little more: the quotient is rounded
+    too).
     """
     neighbours = 1024 if has_one_scale(weight.spec()) else 128
+    most = 32512 if x_bits(weight.spec(), x.dtype) == 16 else 2047
     padded = pad(x.double().abs(), (0, -x.shape[1] % neighbours)).unflatten(1, (-1, neighbours))
-    unit = padded.amax(2, keepdim=True).clamp(min=2.0**-100).expand_as(padded) / 32512
+    unit = padded.amax(2, keepdim=True).clamp(min=2.0**-100).expand_as(padded) / most
     return 0.501 * unit.flatten(1)[:, : x.shape[1]]

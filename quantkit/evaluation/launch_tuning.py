@@ -20,6 +20,7 @@ from quantkit.errors import RequestError
 from quantkit.evaluation.gpu_timing import REPLAYS, Call, capture, n_copies, percentiles, replay_in_turns, require_gpu
 from quantkit.evaluation.random_weights import random_spec, random_tensors
 from quantkit.formats.grouped_int import GroupedIntSpec, unpack
+from quantkit.kernels.bit_gemv import counts_tokens
 from quantkit.kernels.gemv import MAX_GEMV_TOKENS, choose_gemv, gemv, gemv_candidates, subject
 from quantkit.kernels.launch_shapes import Row, Subject, remember
 from quantkit.kernels.planar import to_planar
@@ -97,6 +98,14 @@ def tune(
     require_gpu("bench tune")
     if torch.cuda.is_current_stream_capturing():
         raise RequestError("launch shapes cannot be measured while a CUDA graph is captured; run bench tune before")
+    device = torch.device("cuda")
+    counted = [
+        m for m in tokens for spec in specs if isinstance(spec, GroupedIntSpec) and counts_tokens(m, spec, device)
+    ]
+    if counted:
+        raise RequestError(
+            f"1 bit and {counted[0]} tokens have no launch shape to choose: bit products run in a computed one"
+        )
     name, file, found = torch.cuda.get_device_name(), "", []
     for spec in specs:
         assert isinstance(spec, GroupedIntSpec)

@@ -1,4 +1,4 @@
-"""Launch of the kernel for one or two rows of x and one-bit weights (bit_gemv_triton.py)."""
+"""Launch of the kernel for few rows of x and one-bit weights (bit_gemv_triton.py)."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
-from quantkit.kernels.launch import early_launch
+from quantkit.kernels.launch import counts_bits, early_launch
 from quantkit.kernels.planar import PlanarSegment, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
 _GROUP_COLUMNS = 128  # that a lane is at home in; a group is so many, or several times that
 _WARP_COLUMNS = 1024
 _MAX_WARPS = 16
+_MAX_SLOTS = 16  # registers of a lane for what tiles summed up to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitGemvConfig:
-    """Shape of one launch. A warp takes a block of 1024 columns, the warps of a program a row."""
+    """Shape of one launch. A warp takes a block of 1024 columns, the warps of a program one or several rows of x."""
 
     rows: int  # of a tile: 16, 32 or 64
     programs: int | None = None  # that share the tiles, each with x prepared once; None: one for each tile
-    ahead: int = 1  # tiles whose words are on their way while one is multiplied, where programs share them: 1 or 2
+    ahead: int = 2  # tiles whose words are on their way while one is multiplied, where programs share them: 1 to 3
+    tokens: int = 1  # rows of x of a program
+    each: int = 1  # of these, of a warp
+    registers: int | None = None  # of a thread at most
 
 
 def is_bit_weight(spec: GroupedIntSpec) -> bool:
@@ -36,24 +40,61 @@ def is_bit_weight(spec: GroupedIntSpec) -> bool:
     return segment.bits == 1 and segment.n_groups == spec.n_groups and _row_warps(segment) <= _MAX_WARPS
 
 
+def counts_tokens(n_tokens: int, spec: GroupedIntSpec, device: torch.device) -> bool:
+    """Whether so many rows of x are multiplied by bit products: on devices that count bits, where nothing is faster."""
+    return is_bit_weight(spec) and n_tokens <= most_tokens(spec) and counts_bits(device)
+
+
 def has_one_scale(spec: GroupedIntSpec) -> bool:
     """Whether all columns that a warp takes belong to one group."""
     whole = spec.n_groups == 1 or spec.group_size % _WARP_COLUMNS == 0
     return whole and 16 * planar_segments(spec)[0].plane_width == _WARP_COLUMNS
 
 
+def x_bits(spec: GroupedIntSpec, dtype: torch.dtype) -> int:
+    """Bits of the integers that x is taken in (bit_planes_triton.py)."""
+    return 12 if dtype == torch.bfloat16 and not has_one_scale(spec) else 16
+
+
 def _row_warps(segment: PlanarSegment) -> int:
     return -(-segment.n_blocks * segment.planes_per_block * segment.plane_width // _WARP_COLUMNS)
 
 
-def choose_bit_gemv(spec: GroupedIntSpec, multiprocessors: int) -> BitGemvConfig:
-    """The launch shape for a weight (measured on an H200, docs/log.md)."""
-    warps, one_scale = _row_warps(planar_segments(spec)[0]), has_one_scale(spec)
-    if warps > 8:
-        return BitGemvConfig(rows=64 if one_scale else 32)
-    if one_scale:
-        return BitGemvConfig(rows=16 if warps > 4 else 32, programs=2 * multiprocessors, ahead=2)
-    return BitGemvConfig(rows=32, programs=multiprocessors if warps > 4 else 2 * multiprocessors)
+def _blocks(spec: GroupedIntSpec) -> int:
+    """Warps for a row, a power of two."""
+    return 1 << (_row_warps(planar_segments(spec)[0]) - 1).bit_length()
+
+
+def most_tokens(spec: GroupedIntSpec) -> int:
+    """Rows of x up to which nothing is faster (measured on an H200, docs/results.md)."""
+    return 4 if _blocks(spec) <= 8 and not has_one_scale(spec) else 2
+
+
+def choose_bit_gemv(spec: GroupedIntSpec, multiprocessors: int, n_tokens: int, bits: int) -> BitGemvConfig:
+    """The launch shape for a weight and so many rows of x, in so many bits (measured on an H200, docs/log.md).
+
+    Each program prepares x, which takes as long as dozens of rows: eight warps for each multiprocessor are best,
+    sixteen where 128 registers are enough and rows are long and many.
+    """
+    blocks, twice = _blocks(spec), 2 * multiprocessors
+    few = spec.out_features <= 32 * multiprocessors
+    if has_one_scale(spec):
+        if blocks > 8 or (blocks > 2 and few):
+            return BitGemvConfig(rows=64, registers=128)
+        return BitGemvConfig(rows=16 if blocks > 4 else 32, programs=twice)
+    if blocks > 8:
+        return BitGemvConfig(rows=32, registers=128)
+    if n_tokens > 1:
+        tokens = 4 if n_tokens > 2 and blocks <= 4 else 2
+        shares = -(-n_tokens // tokens) * tokens * blocks // 8
+        return BitGemvConfig(rows=16, programs=twice // max(1, shares), ahead=1, tokens=tokens, each=2)
+    if blocks > 4:
+        if bits == 16:
+            return BitGemvConfig(rows=16, programs=multiprocessors, ahead=3)
+        return BitGemvConfig(rows=16, programs=twice, ahead=1, registers=128)
+    if few:
+        return BitGemvConfig(rows=16, programs=multiprocessors, ahead=1)
+    return BitGemvConfig(rows=32 if bits == 12 else 16, programs=twice, ahead=1 if bits == 12 else 2)
 
 
 def bit_gemv(
@@ -71,9 +112,10 @@ def bit_gemv(
         RequestError: Triton is not installed.
     """
     if copies is None:
-        config = choose_bit_gemv(spec, torch.cuda.get_device_properties(x.device).multi_processor_count)
+        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        config = choose_bit_gemv(spec, multiprocessors, len(x), x_bits(spec, x.dtype))
     else:
-        config = BitGemvConfig(rows=copy_rows)
+        config = BitGemvConfig(rows=copy_rows, registers=128)
     grid, arguments = bit_gemv_launch(x, spec, tensors, bias, out, config, copies, copy_rows)
     with torch.cuda.device(x.device):  # Triton launches on the current device
         kernels = triton_kernels("bit_gemv_triton")
@@ -103,13 +145,15 @@ def bit_gemv_launch(
         copy_rows: a multiple of ``config.rows``.
     """
     (segment,) = planar_segments(spec)
-    warps = 1 << (_row_warps(segment) - 1).bit_length()
+    blocks = _blocks(spec)
     x = x.contiguous()
     if x.data_ptr() % 16:  # loads are of eight neighbouring values
         x = x.clone()
     scales = tensors["planar_scales"].flatten().view(torch.int64)  # a single group has strides that view refuses
     zeros = tensors.get("planar_zeros")
     n_tiles = -(-spec.out_features // config.rows)
+    programs = min(n_tiles, config.programs or n_tiles)
+    slots = min(_MAX_SLOTS // config.each, 1 << (-(-n_tiles // programs) - 1).bit_length())
     arguments = {
         "x": x.view(torch.int32),
         "words": tensors["planar"].view(torch.int32),
@@ -118,6 +162,7 @@ def bit_gemv_launch(
         "bias": out if bias is None else bias,
         "y": out,
         "copies": out if copies is None else copies,
+        "n_tokens": len(out),
         "n_rows": spec.out_features,
         "n_columns": spec.in_features,
         "row_words16": segment.row_words // 32,
@@ -130,13 +175,18 @@ def bit_gemv_launch(
         "HAS_BIAS": bias is not None,
         "COPY_ROWS": None if copies is None else copy_rows,
         "BF16": x.dtype == torch.bfloat16,
+        "X_BITS": x_bits(spec, x.dtype),
         "ROWS": config.rows,
-        "WARPS": warps,
+        "BLOCKS": blocks,
+        "TOKENS": config.tokens // config.each,
+        "EACH": config.each,
         "ONE_SCALE": has_one_scale(spec),
-        "AHEAD": 0 if config.programs is None else config.ahead,
-        "num_warps": warps,
-        "maxnreg": 128 if config.programs is None else None,  # four programs of four warps at a time
+        "SLOTS": slots,
+        "SPANS": n_tiles > slots * programs,
+        "AHEAD": config.ahead,
+        "num_warps": blocks * config.tokens // config.each,
+        "maxnreg": config.registers,
         "enable_fp_fusion": True,
     }
-    assert copies is None or (copy_rows % config.rows == 0 and config.programs is None)
-    return (min(n_tiles, config.programs or n_tiles), len(out)), arguments
+    assert copies is None or (copy_rows % config.rows == 0 and config.programs is None and config.tokens == 1)
+    return (programs, -(-len(out) // config.tokens)), arguments

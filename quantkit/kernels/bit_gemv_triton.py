@@ -1,16 +1,10 @@
-"""Triton kernel for one row of x on one-bit planar-16 words (planar.py), with bit products (bit_products_triton.py,
-bit_sums_triton.py).
+"""Triton kernel for few rows of x on one-bit planar-16 words (planar.py), with bit products (bit_products_triton.py,
+bit_planes_triton.py, bit_sums_triton.py).
 
-A warp takes 1024 columns, 32 words of each row, of which lane 4g + q has eight. Bits p, p + 8, p + 16 and p + 24 of a
-word of planes of W columns are four of the 2 W columns of planes 2p and 2p + 1. Lane 4g + q prepares x at the bits
-p = g of its words.
-
-If a row has one scale for all columns of a block (W = 64), the lanes exchange what they prepared, and each has two
-planes of bits of whole words: the tensor core counts for the whole block at once. Otherwise 128 columns, at C = 64 / W
-neighbouring bit positions, belong to a group that may be like no other. The C lanes that share q and these positions
-exchange what they prepared: lane 4g + q then has bits C s + g % C of the integers' bytes, s = 0, 1, .., 8 / C - 1, at
-all C positions. It passes planes with bits there and nowhere else, so its counts are of its group alone, and it has
-the group's scale. In step t it passes s = (g / C + t) % (8 / C); 8 / C steps take all sixteen bits.
+A warp takes 1024 columns, 32 words of each row of the weight, of which lane 4g + q has eight, and one or two rows of x.
+A program does every so many-th tile of rows: x is prepared once, and the words of later tiles are on their way, to
+registers, while one is multiplied. Warps are independent of each other: what they sum up stays with them until the
+last tile, a number or two of a lane for each tile.
 """
 
 # ruff: noqa: RUF005 - tuples are built by addition: Triton does not unpack
@@ -22,9 +16,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quantkit.kernels.bit_products_triton import integer_bytes, of_lane_across, transposed_bits
-from quantkit.kernels.bit_sums_triton import UNIT, block_sums, group_sums
-from quantkit.kernels.byte_products_triton import TINY, four, half_to_float, larger_half, stacked
+from quantkit.kernels.bit_planes_triton import prepared_x
+from quantkit.kernels.bit_products_triton import of_lane_across
+from quantkit.kernels.bit_sums_triton import UNIT, block_sums, group_sums, group_unit
+from quantkit.kernels.byte_products_triton import four, stacked
 
 
 @triton.jit
@@ -95,66 +90,9 @@ def _load_tile(
 
 
 @triton.jit
-def _of_lanes(value, LARGEST: tl.constexpr, LANES: tl.constexpr, ASM: tl.constexpr):
-    """Largest (or sum) of the values of LANES neighbouring lanes."""
-    for exponent in tl.static_range(5):
-        if 2**exponent < LANES:
-            other = of_lane_across(value, 2**exponent, ASM)
-            value = tl.maximum(value, other) if LARGEST else value + other
-    return value
-
-
-@triton.jit
-def _load_x(x, n_columns, block, g, q, WIDTH: tl.constexpr):
-    """x at the bits g of the lane's words: columns of even planes for all words, then of odd ones; int32 pairs."""
-    loaded = ()
-    for part in tl.static_range(64 // WIDTH):
-        for byte in tl.static_range(2):
-            for piece in tl.static_range(WIDTH // 32):
-                plane = block * 1024 + part * (16 * WIDTH) + g * (2 * WIDTH) + byte * WIDTH
-                column = plane + piece * 32 + q * 8
-                source = x + tl.multiple_of(column // 2, 4)[:, None] + tl.arange(0, 4)[None, :]
-                loaded = loaded + (tl.load(source, mask=(column < n_columns)[:, None], other=0),)
-    return loaded
-
-
-@triton.jit
-def _prepared_x(
-    x, n_columns, block, thread, g, q, WIDTH: tl.constexpr, ONE_SCALE: tl.constexpr, BF16: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """For each block of planes, of the lane's words: what planes of bits are taken from, of low and of high bytes of
-    the integers of x; what a zero of 1 in each row takes off, and the unit of the integers.
-
-    With one scale these are planes g and g + 8 of bits. ``x`` is read as int32, two values at a time.
-    """
-    PARTS: tl.constexpr = 64 // WIDTH
-    LANES: tl.constexpr = 32 if ONE_SCALE else 4 * PARTS  # that share a unit
-    EXCHANGED: tl.constexpr = 8 if ONE_SCALE else PARTS
-    SHARES: tl.constexpr = 4 if ONE_SCALE else PARTS  # lanes that share a row and take a part of its zero off
-    PIECES: tl.constexpr = WIDTH // 16
-    loaded = _load_x(x, n_columns, block, g, q, WIDTH)
-    prepared = ()
-    for part in tl.static_range(PARTS):
-        largest = tl.zeros_like(loaded[0])
-        pairs = ()
-        for piece in tl.static_range(PIECES):
-            largest = larger_half(largest, loaded[part * PIECES + piece], ASM)
-            pairs = pairs + four(loaded[part * PIECES + piece])
-        top = _of_lanes(tl.max(tl.maximum(largest & 0xFFFF, largest >> 16), 1), True, LANES, ASM)
-        top = half_to_float(top, BF16)
-        top = tl.where(top < TINY, TINY, top)  # NaN stays
-        low, high, total = integer_bytes(pairs, 32512.0 / top, WIDTH // 8, BF16, ASM)
-        offset = _of_lanes(total, False, LANES, ASM).to(tl.float32) * (1.0 / SHARES)
-        low = transposed_bits(low, thread, WIDTH // 8, EXCHANGED, ASM)
-        high = transposed_bits(high, thread, WIDTH // 8, EXCHANGED, ASM)
-        prepared = prepared + ((low, high, offset, top * (1.0 / 32512.0)),)
-    return prepared
-
-
-@triton.jit
 def _row_products(
     loaded, factors, offsets, prepared, g, q, ZERO: tl.constexpr, WIDTH: tl.constexpr, ONE_SCALE: tl.constexpr,
+    X_BITS: tl.constexpr,
     ROWS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The lane's part of the product, for each of its rows."""
@@ -167,107 +105,223 @@ def _row_products(
     for _ in tl.static_range(OWN):
         totals = totals + (tl.zeros_like(g).to(tl.float32),)
     for part in tl.static_range(64 // WIDTH):
-        low, high, offset, unit = prepared[part]
+        planes, offset, unit = prepared[part]
         if ONE_SCALE:
-            sums = block_sums(words, low, high, q, ROWS, ASM)
+            sums = block_sums(words, planes[0], planes[1], q, ROWS, ASM)
+            sums_unit = UNIT
         else:
-            sums = group_sums(words, low, high, g, part, WIDTH, ROWS, ASM)
+            sums = group_sums(words, planes, g, part, WIDTH, X_BITS, ROWS, ASM)
+            sums_unit = group_unit(g, WIDTH)
         following = ()
         for row in tl.static_range(OWN):
             taken = offset * (_factor(offsets, part * FACTORS + row) if ZERO is None else ZERO)
             # spelled out, or the compiler chooses which of two products it rounds, differently from shape to shape
-            product = tl.math.fma(sums[row], UNIT, -taken) * unit
+            product = tl.math.fma(sums[row], sums_unit, -taken) * unit
             following = following + (tl.math.fma(product, _factor(factors, part * FACTORS + row), totals[row]),)
         totals = following
     return totals
 
 
 @triton.jit
-def _store_rows(
-    y, bias, products, first_row, n_rows, HAS_BIAS: tl.constexpr, ONE_SCALE: tl.constexpr, ROWS: tl.constexpr,
-    WARPS: tl.constexpr,
-):  # fmt: skip
-    """Sum over warps and the lanes that share a row: those of one g with one scale, else those of one q."""
-    OWNERS: tl.constexpr = 8 if ONE_SCALE else 4
-    N: tl.constexpr = ROWS // OWNERS
-    lanes = tl.reshape(stacked(products, N), (WARPS, 8, 4, N))
+def _shared(values, thread, LANES: tl.constexpr, ASM: tl.constexpr):
+    """Sums over lanes across from each other: the first half of the values for one of them, the others for the other;
+    of a single value, for both."""
+    N: tl.constexpr = len(values)
+    upper = (thread & LANES) != 0
+    following = ()
+    for index in tl.static_range((N + 1) // 2):
+        kept = values[index]
+        passed = values[index]
+        if N > 1:
+            kept = tl.where(upper, values[N // 2 + index], values[index])
+            passed = tl.where(upper, values[index], values[N // 2 + index])
+        passed = of_lane_across(passed.to(tl.int32, bitcast=True), LANES, ASM)
+        following = following + (kept + passed.to(tl.float32, bitcast=True),)
+    return following
+
+
+@triton.jit
+def _warp_sums(products, thread, ONE_SCALE: tl.constexpr, ASM: tl.constexpr):
+    """Of a tile: sums over the lanes that share rows, those of one g with one scale, else those of one q."""
     if ONE_SCALE:
-        lanes = tl.permute(lanes, (0, 2, 1, 3))
-    total = tl.sum(tl.reshape(lanes, (WARPS * 32 // OWNERS, OWNERS, N)), 0)
-    rows = first_row + tl.arange(0, OWNERS)[:, None] * N + tl.arange(0, N)[None, :]
+        return _shared(_shared(products, thread, 2, ASM), thread, 1, ASM)
+    else:
+        return _shared(_shared(_shared(products, thread, 16, ASM), thread, 8, ASM), thread, 4, ASM)
+
+
+@triton.jit
+def _tile_sums(
+    tile, prepared, thread, ZERO: tl.constexpr, WIDTH: tl.constexpr, ONE_SCALE: tl.constexpr, X_BITS: tl.constexpr,
+    ROWS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """For each row of x that the warp has prepared: the warp's part of the products, each lane with rows of its own."""
+    sums = ()
+    for token in tl.static_range(len(prepared)):
+        products = _row_products(
+            tile[0], tile[1], tile[2], prepared[token], thread % 32 // 4, thread % 4, ZERO, WIDTH, ONE_SCALE, X_BITS,
+            ROWS, ASM,
+        )  # fmt: skip
+        sums = sums + _warp_sums(products, thread, ONE_SCALE, ASM)
+    return sums
+
+
+@triton.jit
+def _nothing(thread, N: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(N):
+        zeros = zeros + (tl.zeros_like(thread).to(tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _pushed(sums, results):
+    """``sums`` in front of the results, whose last fall out."""
+    following = sums
+    for index in tl.static_range(len(results) - len(sums)):
+        following = following + (results[index],)
+    return following
+
+
+@triton.jit
+def _span_sums(
+    queue, prepared, words, scales, zeros, first_tile, end, programs, n_tiles, row_words, stride4, block, n_blocks,
+    thread, GROUP: tl.constexpr, ZERO: tl.constexpr, WIDTH: tl.constexpr, ONE_SCALE: tl.constexpr, X_BITS: tl.constexpr,
+    ROWS: tl.constexpr, EACH: tl.constexpr, SLOTS: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """`_tile_sums` of every so many-th tile from the first to ``end``, the last in front, and the queue of later tiles.
+
+    A turn takes as many tiles as the queue has room for, so that words stay in the registers they are loaded to: a move
+    to another one would wait for them.
+    """
+    g = thread % 32 // 4
+    q = thread % 4
+    results = _nothing(thread, SLOTS * EACH * ((ROWS + 31) // 32))
+    for here in range(first_tile, end, (AHEAD + 1) * programs):
+        for step in tl.static_range(AHEAD + 1):
+            tile = here + step * programs
+            following = tile + AHEAD * programs
+            there = tl.where(following < n_tiles, n_blocks, 0)
+            later = _load_tile(
+                words, scales, zeros, following * ROWS, row_words, stride4, block, there, g, q, GROUP, ZERO, WIDTH,
+                ONE_SCALE, ROWS,
+            )  # fmt: skip
+            queue = queue + (later,)
+            if tile < n_tiles:
+                sums = _tile_sums(queue[step], prepared, thread, ZERO, WIDTH, ONE_SCALE, X_BITS, ROWS, ASM)
+                results = _pushed(sums, results)
+        queue = queue[AHEAD + 1 :]
+    return results, queue
+
+
+@triton.jit
+def _last_sum(values, ROWS: tl.constexpr, N: tl.constexpr):
+    if N == 1:
+        return tl.reshape(values, (ROWS,))
+    else:
+        first, second = tl.split(tl.reshape(values, (ROWS * N // 2, 2)))
+        return _last_sum(first + second, ROWS, N // 2)
+
+
+@triton.jit
+def _store_rows(
+    y, bias, results, first_tile, programs, end, first_token, n_tokens, n_rows, HAS_BIAS: tl.constexpr,
+    ONE_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """The sums over the warps of a row of x, of every so many-th tile before ``end``; the last tile comes first."""
+    OWN: tl.constexpr = ROWS // 8 if ONE_SCALE else ROWS // 4
+    LANES: tl.constexpr = 4 if ONE_SCALE else 8  # that shared OWN rows
+    N: tl.constexpr = (OWN + LANES - 1) // LANES  # rows of a tile that a lane ends with
+    warps = tl.reshape(stacked(results, len(results)), (TOKENS, BLOCKS, 32 * len(results)))
+    total = _last_sum(tl.permute(warps, (0, 2, 1)), TOKENS * 32 * len(results), BLOCKS)
+    total = tl.reshape(total, (TOKENS, 32, len(results)))
+    lane = tl.arange(0, 32)[None, :, None]
+    owner = lane // 4 if ONE_SCALE else lane % 4
+    among = lane % 4 if ONE_SCALE else lane // 4
+    number = tl.arange(0, len(results))[None, None, :]
+    age = number // (N * EACH)
+    tile = first_tile + (tl.cdiv(end - first_tile, programs) - 1 - age) * programs
+    rows = tile * ROWS + owner * OWN + among * OWN // LANES + number % N
+    token = first_token + tl.arange(0, TOKENS)[:, None, None] * EACH + number // N % EACH
+    there = (tile >= first_tile) & (rows < n_rows) & (token < n_tokens)
     if HAS_BIAS:
-        total += tl.load(bias + rows, mask=rows < n_rows, other=0.0).to(tl.float32)
-    tl.store(y + rows, total.to(y.dtype.element_ty), mask=rows < n_rows)
+        total += tl.load(bias + rows, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + (token.to(tl.int64) * n_rows + rows), total.to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def bit_gemv_kernel(
-    x, words, scales, zeros, bias, y, copies, n_rows, n_columns, row_words16, n_blocks, stride4, n_tiles,
+    x, words, scales, zeros, bias, y, copies, n_tokens, n_rows, n_columns, row_words16, n_blocks, stride4, n_tiles,
     GROUP: tl.constexpr, ZERO: tl.constexpr, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, COPY_ROWS: tl.constexpr,
-    BF16: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, ONE_SCALE: tl.constexpr, AHEAD: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr = False,
+    BF16: tl.constexpr, X_BITS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr,
+    EACH: tl.constexpr, ONE_SCALE: tl.constexpr, SLOTS: tl.constexpr, SPANS: tl.constexpr,
+    AHEAD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """y [tokens, n_rows] = x [tokens, n_columns] @ weight^T + bias. Grid (programs, tokens), WARPS warps each.
-
-    A program does one tile of ROWS rows if AHEAD is 0. Else it does every so many-th tile, with x prepared once and the
-    words of the next AHEAD tiles on their way while one is multiplied.
+    """y [tokens, n_rows] = x [tokens, n_columns] @ weight^T + bias. Grid (programs, parts of TOKENS times EACH tokens),
+    TOKENS times BLOCKS warps, each for EACH rows of x.
 
     Args:
         x: read as int32, two values at a time; words: likewise.
         scales, zeros: float16, four rows read as one int64. ``stride4``: of a group, in those.
-        copies: the row of x for each COPY_ROWS rows of the weight; COPY_ROWS is None: a program for every row of x.
+        copies: the row of x for each COPY_ROWS rows of the weight, which programs have a tile each of; COPY_ROWS is
+            None: all rows of x.
         row_words16: 32-bit words of a row / 16, so that rows are known to begin on a boundary.
         ZERO: the zero of all groups; None: ``zeros`` are read.
+        SLOTS: tiles that a program does before it stores what it has. ``SPANS``: some programs have more.
+        AHEAD: tiles whose words are on their way while one is multiplied: 1 to 3.
     """
     if PDL:
         gdc_launch_dependents()
-    thread = tl.arange(0, 32 * WARPS)
+    thread = tl.arange(0, 32 * BLOCKS * TOKENS)
     g = thread % 32 // 4
     q = thread % 4
-    block = thread // 32
+    block = thread // 32 % BLOCKS
     row_words = row_words16 * 16
-    tile = tl.program_id(0)
-    token = tl.program_id(1) if COPY_ROWS is None else tl.load(copies + tile * ROWS // COPY_ROWS)
-    x += token.to(tl.int64) * (n_columns // 2)
-    y += tl.program_id(1).to(tl.int64) * n_rows
-    loaded, factors, offsets = _load_tile(
-        words, scales, zeros, tile * ROWS, row_words, stride4, block, n_blocks, g, q, GROUP, ZERO, WIDTH, ONE_SCALE,
-        ROWS,
-    )  # fmt: skip
+    first_tile = tl.program_id(0)
+    programs = tl.num_programs(0)
+    first_token = tl.program_id(1) * (TOKENS * EACH)
+    queue = ()
+    for number in tl.static_range(AHEAD if SLOTS > 1 else 1):
+        tile = first_tile + number * programs
+        there = n_blocks if number == 0 else tl.where(tile < n_tiles, n_blocks, 0)
+        words_factors = _load_tile(
+            words, scales, zeros, tile * ROWS, row_words, stride4, block, there, g, q, GROUP, ZERO, WIDTH, ONE_SCALE,
+            ROWS,
+        )  # fmt: skip
+        queue = queue + (words_factors,)
     if PDL:  # weights are on their way; x may not be there yet
         gdc_wait()
-    prepared = _prepared_x(x, n_columns, block, thread, g, q, WIDTH, ONE_SCALE, BF16, ASM)
-    if AHEAD > 0:
-        programs = tl.num_programs(0)
-        later = loaded
-        later_factors = factors
-        later_offsets = offsets
-        if AHEAD == 2:
-            there = tl.where(tile + programs < n_tiles, n_blocks, 0)
-            later, later_factors, later_offsets = _load_tile(
-                words, scales, zeros, (tile + programs) * ROWS, row_words, stride4, block, there, g, q, GROUP, ZERO,
-                WIDTH, ONE_SCALE, ROWS,
-            )  # fmt: skip
-        for here in range(tile, n_tiles, programs):
-            now = loaded
-            now_factors = factors
-            now_offsets = offsets
-            if AHEAD == 2:
-                loaded = later
-                factors = later_factors
-                offsets = later_offsets
-            following = here + AHEAD * programs
-            there = tl.where(following < n_tiles, n_blocks, 0)
-            later, later_factors, later_offsets = _load_tile(
-                words, scales, zeros, following * ROWS, row_words, stride4, block, there, g, q, GROUP, ZERO, WIDTH,
-                ONE_SCALE, ROWS,
-            )  # fmt: skip
-            if AHEAD == 1:
-                loaded = later
-                factors = later_factors
-                offsets = later_offsets
-            products = _row_products(now, now_factors, now_offsets, prepared, g, q, ZERO, WIDTH, ONE_SCALE, ROWS, ASM)
-            _store_rows(y, bias, products, here * ROWS, n_rows, HAS_BIAS, ONE_SCALE, ROWS, WARPS)
+    prepared = ()
+    for number in tl.static_range(EACH):
+        if COPY_ROWS is None:
+            token = tl.minimum(first_token + thread // (32 * BLOCKS) * EACH + number, n_tokens - 1)
+        else:
+            token = tl.zeros_like(thread) + tl.load(copies + first_tile * ROWS // COPY_ROWS)
+        ready = prepared_x(x, token, n_columns, block, thread, g, q, WIDTH, ONE_SCALE, BF16, X_BITS, ASM)
+        prepared = prepared + (ready,)
+    if SLOTS == 1:
+        results = _tile_sums(queue[0], prepared, thread, ZERO, WIDTH, ONE_SCALE, X_BITS, ROWS, ASM)
+        _store_rows(
+            y, bias, results, first_tile, programs, n_tiles, first_token, n_tokens, n_rows, HAS_BIAS, ONE_SCALE, ROWS,
+            BLOCKS, TOKENS, EACH,
+        )  # fmt: skip
+    elif not SPANS:
+        results, queue = _span_sums(
+            queue, prepared, words, scales, zeros, first_tile, n_tiles, programs, n_tiles, row_words, stride4, block,
+            n_blocks, thread, GROUP, ZERO, WIDTH, ONE_SCALE, X_BITS, ROWS, EACH, SLOTS, AHEAD, ASM,
+        )  # fmt: skip
+        _store_rows(
+            y, bias, results, first_tile, programs, n_tiles, first_token, n_tokens, n_rows, HAS_BIAS, ONE_SCALE, ROWS,
+            BLOCKS, TOKENS, EACH,
+        )  # fmt: skip
     else:
-        products = _row_products(loaded, factors, offsets, prepared, g, q, ZERO, WIDTH, ONE_SCALE, ROWS, ASM)
-        _store_rows(y, bias, products, tile * ROWS, n_rows, HAS_BIAS, ONE_SCALE, ROWS, WARPS)
+        span = SLOTS // (AHEAD + 1) * (AHEAD + 1) * programs
+        for start in range(first_tile, n_tiles, span):
+            end = tl.minimum(start + span, n_tiles)
+            results, queue = _span_sums(
+                queue, prepared, words, scales, zeros, start, end, programs, n_tiles, row_words, stride4, block,
+                n_blocks, thread, GROUP, ZERO, WIDTH, ONE_SCALE, X_BITS, ROWS, EACH, SLOTS, AHEAD, ASM,
+            )  # fmt: skip
+            _store_rows(
+                y, bias, results, start, programs, end, first_token, n_tokens, n_rows, HAS_BIAS, ONE_SCALE, ROWS,
+                BLOCKS, TOKENS, EACH,
+            )  # fmt: skip

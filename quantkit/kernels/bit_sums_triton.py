@@ -15,7 +15,7 @@ import triton.language as tl
 
 from quantkit.kernels.bit_products_triton import count_common, plane_bits, two_to
 
-UNIT = tl.constexpr(2.0**37)  # sums are in 2**-37: 2**-149 times the 2**112 of `_weights`
+UNIT = tl.constexpr(2.0**37)  # sums are in 2**-37: 2**-149 times the 2**112 of the weights of bits
 
 
 @triton.jit
@@ -58,37 +58,60 @@ def _group_bits(width):
 
 
 @triton.jit
-def group_sums(words, low, high, g, PART: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr):
+def group_planes(low, high, g, WIDTH: tl.constexpr, X_BITS: tl.constexpr, ASM: tl.constexpr):
+    """The planes that the lane passes in each step, of low and of high halves in turns, each WIDTH / 8 words: bits
+    C s + g % C of the halves in step s, where the bits of the lane's group are in a word."""
+    SHARED: tl.constexpr = 64 // WIDTH
+    home = g // SHARED * SHARED
+    mask = (tl.zeros_like(g) + _group_bits(WIDTH)) << home
+    planes = ()
+    for step in tl.static_range(X_BITS // 2 // SHARED):
+        turn = (home - SHARED * step) & 31
+        for index in tl.static_range(WIDTH // 8):
+            planes = planes + (plane_bits(low[index], turn, mask, ASM), plane_bits(high[index], turn, mask, ASM))
+    return planes
+
+
+@triton.jit
+def group_unit(g, WIDTH: tl.constexpr):
+    """What `group_sums` are in: the power of two of the lane's bit among those of a step, and `UNIT`."""
+    return two_to(g % (64 // WIDTH)) * UNIT
+
+
+@triton.jit
+def group_sums(
+    words, planes, g, PART: tl.constexpr, WIDTH: tl.constexpr, X_BITS: tl.constexpr, ROWS: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
     """Of rows 2q and 2q + 1 of each tile: the integers of x where codes of the lane's group are 1, as far as the bits
-    that the lane passes hold them; of one block of planes."""
+    that the lane passes hold them; of one block of planes, in `group_unit`."""
     SHARED: tl.constexpr = 64 // WIDTH
     N: tl.constexpr = WIDTH // 8
-    home = g // SHARED * SHARED
+    STEPS: tl.constexpr = X_BITS // 2 // SHARED
+    # the last bit of the last step is the sign
+    last_weight = tl.where(g % SHARED == SHARED - 1, -1.0, 1.0) * 2.0 ** (112 + X_BITS - SHARED)
     nothing = tl.zeros_like(g)
-    mask = (nothing + _group_bits(WIDTH)) << home
     sums = ()
-    for _ in tl.static_range(ROWS // 4):
-        sums = sums + (nothing.to(tl.float32),)
-    for step in tl.static_range(N):
-        turn = tl.where(home + SHARED * step < 8, 32, 8) - SHARED * step
-        low_weight, high_weight = _weights((home + SHARED * step) % 8 + g % SHARED)
-        planes = ()
-        for index in tl.static_range(N):
-            if step == 0:
-                planes = planes + (low[index] & mask, high[index] & mask)
-            else:
-                planes = planes + (plane_bits(low[index], turn, mask, ASM), plane_bits(high[index], turn, mask, ASM))
-        following = ()
-        for tile in tl.static_range(ROWS // 8):
+    for tile in tl.static_range(ROWS // 8):
+        totals = (nothing.to(tl.float32), nothing.to(tl.float32))
+        for step in tl.static_range(STEPS):
             counts = (nothing, nothing, nothing, nothing)
             for pair in tl.static_range(N // 2):
                 counts = count_common(
-                    planes[4 * pair], planes[4 * pair + 1], planes[4 * pair + 2], planes[4 * pair + 3],
+                    planes[2 * N * step + 4 * pair], planes[2 * N * step + 4 * pair + 1],
+                    planes[2 * N * step + 4 * pair + 2], planes[2 * N * step + 4 * pair + 3],
                     words[8 * tile + PART * N + 2 * pair], words[8 * tile + PART * N + 2 * pair + 1], counts, ASM,
                 )  # fmt: skip
+            following = ()
             for row in tl.static_range(2):
-                total = tl.math.fma(counts[row].to(tl.float32, bitcast=True), low_weight, sums[2 * tile + row])
-                total = tl.math.fma(counts[2 + row].to(tl.float32, bitcast=True), high_weight, total)
-                following = following + (total,)
-        sums = following
+                low = counts[row].to(tl.float32, bitcast=True)
+                total = tl.math.fma(low, 2.0 ** (112 + SHARED * step), totals[row])
+                high = counts[2 + row].to(tl.float32, bitcast=True)
+                if step == STEPS - 1:
+                    following = following + (tl.math.fma(high, last_weight, total),)
+                else:
+                    weight = 2.0 ** (112 + SHARED * step + X_BITS // 2)
+                    following = following + (tl.math.fma(high, weight, total),)
+            totals = following
+        sums = sums + totals
     return sums

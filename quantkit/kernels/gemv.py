@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
-from quantkit.kernels.bit_gemv import bit_gemv, is_bit_weight
-from quantkit.kernels.launch import counts_bits, early_launch
+from quantkit.kernels.bit_gemv import bit_gemv, counts_tokens
+from quantkit.kernels.launch import early_launch
 from quantkit.kernels.launch_shapes import Subject, device_name, measured_config
 from quantkit.kernels.planar import ROW_TILE, PlanarSegment, is_paired, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
@@ -37,8 +37,9 @@ class GemvConfig:
 
 def has_gemv(x: Tensor, spec: GroupedIntSpec) -> bool:
     """Whether the kernels are there for ``x`` [m, in] and the weight; several widths are left to the tensor core."""
-    few = len(x) <= MAX_GEMV_TOKENS and x.dtype in HALF_TYPES
-    return few and is_paired(spec) and len(planar_segments(spec)) == 1
+    if x.dtype not in HALF_TYPES or not is_paired(spec) or len(planar_segments(spec)) > 1:
+        return False
+    return len(x) <= MAX_GEMV_TOKENS or counts_tokens(len(x), spec, x.device)
 
 
 def row_threads(segment: PlanarSegment) -> int:
@@ -165,7 +166,7 @@ def gemv(
     """
     n_rows = len(x) if copies is None else 1
     out = torch.empty(n_rows, spec.out_features, dtype=out_dtype or x.dtype, device=x.device)
-    if config is None and is_bit_weight(spec) and counts_bits(x.device):
+    if config is None and counts_tokens(n_rows, spec, x.device):
         bit_gemv(x, spec, tensors, bias, out, copies, COPY_ROWS)
         return out
     config = config or launch_config(spec, device_name(x.device))

@@ -49,6 +49,15 @@ def test_what_wins_runs_from_then_on(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @on_gpu
+def test_bit_products_have_no_shape_to_choose(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTKIT_CACHE_DIR", str(tmp_path))
+    with pytest.raises(RequestError, match="1 bit and 2 tokens have no launch shape to choose"):
+        tune([(2048, 1024)], [2, 1], tokens=[2])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@on_gpu
 def test_nothing_is_measured_inside_a_graph(tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTKIT_CACHE_DIR", str(tmp_path))
     with torch.cuda.graph(torch.cuda.CUDAGraph()):

@@ -118,16 +118,16 @@ def test_a_bit_of_each_byte_comes_to_the_lane_s_position():
     assert torch.equal(bits_of(target).view(THREADS, 4, 8), expected)
 
 
-def run(weight, x, *, bias=None, out_dtype=torch.float32, rows=16, programs=None, ahead=1, copies=None):
+def run(weight, x, *, config=None, bias=None, out_dtype=torch.float32, copies=None):
     """The kernel between guard bands, the result filled with NaN before."""
     spec = weight.spec()
     assert is_bit_weight(spec)
-    config = BitGemvConfig(rows=rows, programs=programs, ahead=ahead)
+    config = config or BitGemvConfig(rows=16)
     tensors = to_planar(spec, pack(weight))
     n_rows = len(x) if copies is None else 1
     out = torch.full((n_rows, spec.out_features), float("nan"), dtype=out_dtype)
     inner, check_bands = hold({"x": x, "out": out, **tensors})
-    grid, arguments = bit_gemv_launch(inner["x"], spec, inner, bias, inner["out"], config, copies, rows)
+    grid, arguments = bit_gemv_launch(inner["x"], spec, inner, bias, inner["out"], config, copies, config.rows)
     bit_gemv_triton.bit_gemv_kernel[grid](**arguments, ASM=False)
     check_bands("out")
     return inner["out"].clone()
@@ -150,12 +150,22 @@ def test_groups_of_every_size(group_size, n_groups, symmetric, dtype):
 
 
 @pytest.mark.parametrize(("group_size", "n_groups"), [(128, 8), (1024, 1)])
-@pytest.mark.parametrize(("rows", "programs", "ahead"), [(16, 1, 1), (16, 2, 2), (32, None, 1)])
-def test_tiles_of_rows_that_programs_share(rows, programs, ahead, group_size, n_groups):
-    weight = random_weight(3, 35 if group_size > 128 else 20, group_size, (1,) * n_groups)
-    x = activations(3, 1, 1024, dtype=torch.bfloat16)
-    bias = torch.linspace(-1, 1, weight.codes.shape[0])
-    check(run(weight, x, bias=bias, rows=rows, programs=programs, ahead=ahead), x, weight, bias)
+@pytest.mark.parametrize(
+    ("n_rows", "n_tokens", "config"),
+    [
+        (35, 1, BitGemvConfig(rows=16, programs=1, ahead=1)),
+        (84, 1, BitGemvConfig(rows=16, programs=2, ahead=3)),  # three tiles each, and a queue of three
+        (70, 1, BitGemvConfig(rows=32)),
+        (70, 3, BitGemvConfig(rows=32, programs=2, tokens=4, each=2)),
+        (130, 2, BitGemvConfig(rows=16, programs=1, ahead=1, tokens=2, each=2)),  # more tiles than a program has slots
+        (70, 1, BitGemvConfig(rows=64, programs=1, ahead=1)),
+    ],
+)
+def test_tiles_of_rows_that_programs_share(n_rows, n_tokens, config, group_size, n_groups):
+    weight = random_weight(3, n_rows, group_size, (1,) * n_groups)
+    x = activations(3, n_tokens, 1024, dtype=torch.bfloat16)
+    bias = torch.linspace(-1, 1, n_rows)
+    check(run(weight, x, config=config, bias=bias), x, weight, bias)
 
 
 def test_every_part_of_the_rows_takes_a_copy_of_its_own():

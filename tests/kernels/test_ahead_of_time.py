@@ -115,25 +115,49 @@ def test_one_row_of_signs_with_copies(compile_for_sm90, symmetric):
     assert "IDP.4A" in sass
 
 
-@pytest.mark.parametrize(("group_size", "programs"), [(128, None), (128, 132), (4096, None), (4096, 264)])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_bit_products(compile_for_sm90, symmetric, group_size, programs):
-    """Words as they were loaded, sixteen bytes at a time and before x is waited for; subnormal counts are kept."""
+@pytest.mark.parametrize("group_size", [128, 4096])
+@pytest.mark.parametrize("programs", [None, 2])
+@pytest.mark.parametrize(("symmetric", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_bit_products(compile_for_sm90, symmetric, dtype, programs, group_size):
+    """Words sixteen bytes at a time, the first before x is waited for; subnormal counts are kept."""
     from quantkit.kernels.bit_gemv_triton import bit_gemv_kernel
 
     spec, tensors = layer({1: 4096 // group_size}, symmetric, group_size)
-    x, out = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(1, 192, dtype=torch.bfloat16)
-    config = BitGemvConfig(rows=32, programs=programs)
+    x, out = torch.zeros(1, 4096, dtype=dtype), torch.zeros(1, 192, dtype=dtype)
+    config = BitGemvConfig(rows=16, programs=programs, ahead=1)
     grid, arguments = bit_gemv_launch(x, spec, tensors, None, out, config)
     early = {"PDL": True, "launch_pdl": True}
     _, sass, resources = compile_for_sm90(bit_gemv_kernel, grid, arguments, ASM=True, **early)
-    assert resources["STACK"] <= SPILL_LIMIT[1]
-    products = 4 * config.rows // 8 * (4 if group_size == 128 else 1)  # groups in a word
-    assert sass.count("BMMA.168256.AND.POPC") == products
+    assert resources["STACK"] == 0
+    steps = {(128, torch.bfloat16): 3, (128, torch.float16): 4}.get((group_size, dtype), 1)  # groups: bits / 4
+    tiles = 1 if programs is None else 2  # of a turn
+    assert sass.count("BMMA.168256.AND.POPC") == tiles * 4 * config.rows // 8 * steps
     assert "FFMA.FTZ" not in sass
-    assert len(re.findall(r"LDG\.E\.EF\.128", sass)) == config.rows // 4 * (1 if programs is None else 2)
+    assert len(re.findall(r"LDG\.E\.EF\.128", sass)) == config.rows // 4 * (1 if programs is None else 3)
     assert not re.search(r"LDG\.E\.EF(\.64|\.U?8|\.U?16)? ", sass)
     assert sass.index("LDG.E.EF.128") < sass.index("ACQBULK")
+
+
+def test_words_of_bits_stay_where_they_are_loaded(compile_for_sm90):
+    """A word that is moved to another register is waited for there, long before it is multiplied."""
+    from quantkit.kernels.bit_gemv_triton import bit_gemv_kernel
+
+    spec, tensors = layer({1: 32}, True)
+    x, out = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(1, 192, dtype=torch.bfloat16)
+    config = BitGemvConfig(rows=16, programs=2, ahead=1)
+    grid, arguments = bit_gemv_launch(x, spec, tensors, None, out, config)
+    _, sass, _ = compile_for_sm90(bit_gemv_kernel, grid, arguments, ASM=True, PDL=True, launch_pdl=True)
+    code = [line.strip() for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]*);", sass)]
+    words = {int(number) + part for number in re.findall(r"LDG\.E\.EF\.128 R(\d+)", sass) for part in range(4)}
+    begin = next(index for index, line in enumerate(code) if "BMMA" in line)
+    end = max(index for index, line in enumerate(code) if "LDG.E.EF.128" in line)
+    moved = [
+        line
+        for line in code[begin:end]
+        if (move := re.search(r"MOV\S* R\d+, .*\bR(\d+)$", line)) and int(move[1]) in words
+    ]
+    assert len(words) >= 2 * config.rows
+    assert not moved
 
 
 @pytest.mark.parametrize("m", [16, 32, 64])

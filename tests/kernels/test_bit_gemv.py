@@ -10,8 +10,11 @@ from quantkit.kernels.bit_gemv import (
     BitGemvConfig,
     bit_gemv_launch,
     choose_bit_gemv,
+    counts_tokens,
     has_one_scale,
     is_bit_weight,
+    most_tokens,
+    x_bits,
 )
 from quantkit.kernels.launch import counts_bits
 from quantkit.kernels.planar import to_planar
@@ -81,15 +84,44 @@ def test_programs_share_the_tiles_or_have_one_each(group_size):
         config = BitGemvConfig(rows=rows, programs=programs)
         grid, arguments = bit_gemv_launch(x, spec, to_planar(spec, stored), None, out, config)
         assert grid == (wanted, 2)
-        assert (arguments["WARPS"], arguments["n_tiles"]) == (4, -(-100 // rows))
-        assert arguments["AHEAD"] == (0 if programs is None else 1)
+        assert (arguments["num_warps"], arguments["n_tiles"]) == (4, -(-100 // rows))
+        assert arguments["SLOTS"] == (1 if programs is None or programs > 7 else 2)
+
+
+@pytest.mark.parametrize(("programs", "each", "slots", "spans"), [(9, 1, 2, False), (1, 1, 16, True), (2, 2, 8, True)])
+def test_results_wait_in_registers_as_far_as_these_reach(programs, each, slots, spans):
+    spec = layer(1, 17 * 16, 128, 32)
+    stored = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in spec.tensor_layout().items()}
+    x, out = torch.zeros(3, 4096, dtype=torch.bfloat16), torch.zeros(3, 17 * 16)
+    config = BitGemvConfig(rows=16, programs=programs, tokens=2 * each, each=each)
+    grid, arguments = bit_gemv_launch(x, spec, to_planar(spec, stored), None, out, config)
+    assert grid == (programs, -(-3 // (2 * each)))
+    assert (arguments["SLOTS"], arguments["SPANS"], arguments["num_warps"]) == (slots, spans, 8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group_size", "bits"), [(torch.bfloat16, 128, 12), (torch.float16, 128, 16), (torch.bfloat16, 4096, 16)]
+)
+def test_bits_of_x(dtype, group_size, bits):
+    """bfloat16 has eight bits of its own; with one scale for all columns sixteen cost no more."""
+    assert x_bits(layer(1, 64, group_size, 4096 // group_size), dtype) == bits
 
 
 @pytest.mark.parametrize("group_size", [128, 1024])
 @pytest.mark.parametrize(("rows", "columns"), [(64, 1024), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)])
-def test_computed_shapes_are_possible(rows, columns, group_size):
+@pytest.mark.parametrize("bits", [12, 16])
+def test_computed_shapes_are_possible(rows, columns, group_size, bits):
     spec = layer(1, rows, group_size, columns // group_size)
-    config = choose_bit_gemv(spec, 132)
-    assert config.rows in (16, 32, 64)
-    assert config.programs in (None, 132, 264)
-    assert (config.programs is None) == (columns > 8192)  # rows longer than what two programs could keep
+    blocks = {1024: 1, 4096: 4, 8192: 8, 14336: 16}[columns]
+    for n_tokens in range(1, most_tokens(spec) + 1):
+        config = choose_bit_gemv(spec, 132, n_tokens, bits)
+        warps = blocks * config.tokens // config.each
+        assert (
+            warps * 32 * (config.registers or (255 if warps <= 8 else 128)) <= 1 << 16
+        )  # registers of a multiprocessor
+        assert config.tokens <= 2 * n_tokens
+        assert (config.programs is None) or config.programs % 66 == 0
+
+
+def test_a_device_that_does_not_count_bits_has_no_bit_products():
+    assert not counts_tokens(1, layer(1, 64, 128, 32), torch.device("cpu"))

@@ -267,7 +267,7 @@ def test_bit_products(group_size, n_groups, symmetric, dtype):
     weight = on_gpu(random_weight(n_groups, 1000, group_size, (1,) * n_groups, symmetric))
     spec = weight.spec()
     tensors, bias = to_planar(spec, pack(weight)), torch.linspace(-1, 1, 1000, device="cuda")
-    for m in (1, 2):
+    for m in (1, 2, 3, 4):
         x = activations(m, m, spec.in_features, dtype=dtype).cuda()
         product, bound = product_and_bound(x, weight, bias)
         bound = 1.001 * bound + integer_error(x, weight) @ weight.dequantize().double().abs().t()
@@ -278,17 +278,27 @@ def test_bit_products(group_size, n_groups, symmetric, dtype):
 
 
 @pytest.mark.parametrize("group_size", [128, 4096])
-@pytest.mark.parametrize(("rows", "programs", "ahead"), [(16, None, 1), (64, None, 1), (16, 7, 2), (32, 3, 1)])
-def test_bit_products_inline_ptx_equals_triton_operations_bit_for_bit(rows, programs, ahead, group_size):
+@pytest.mark.parametrize("group_size", [128, 4096])
+@pytest.mark.parametrize(
+    "config",
+    [
+        BitGemvConfig(rows=16, registers=128),
+        BitGemvConfig(rows=64, registers=128),
+        BitGemvConfig(rows=16, programs=7, ahead=1, registers=128),
+        BitGemvConfig(rows=16, programs=3, ahead=3),
+        BitGemvConfig(rows=32, programs=3, ahead=2),
+        BitGemvConfig(rows=16, programs=1, ahead=1, tokens=4, each=2),
+    ],
+)
+def test_bit_products_inline_ptx_equals_triton_operations_bit_for_bit(config, group_size):
     from quantkit.kernels.bit_gemv_triton import bit_gemv_kernel
 
     weight = on_gpu(random_weight(1, 200, group_size, (1,) * (4096 // group_size)))
     spec = weight.spec()
-    tensors, config = to_planar(spec, pack(weight)), BitGemvConfig(rows=rows, programs=programs, ahead=ahead)
-    x = activations(0, 1, 4096, dtype=torch.bfloat16).cuda()
+    tensors, x = to_planar(spec, pack(weight)), activations(0, config.tokens, 4096, dtype=torch.bfloat16).cuda()
     results = []
     for asm in (True, False):
-        out = torch.full((1, 200), float("nan"), device="cuda")
+        out = torch.full((config.tokens, 200), float("nan"), device="cuda")
         grid, arguments = bit_gemv_launch(x, spec, tensors, None, out, config)
         bit_gemv_kernel[grid](**arguments, ASM=asm)
         results.append(out)
