@@ -88,13 +88,14 @@ def choose_bit_gemv(spec: GroupedIntSpec, multiprocessors: int, n_tokens: int, b
         tokens = 4 if n_tokens > 2 and blocks <= 4 else 2
         shares = -(-n_tokens // tokens) * tokens * blocks // 8
         return BitGemvConfig(rows=16, programs=twice // max(1, shares), ahead=1, tokens=tokens, each=2)
+    light = bits == 12 and spec.symmetric  # 128 registers are enough for a tile of sixteen rows
     if blocks > 4:
-        if bits == 16:
+        if not light:
             return BitGemvConfig(rows=16, programs=multiprocessors, ahead=3)
         return BitGemvConfig(rows=16, programs=twice, ahead=1, registers=128)
     if few:
         return BitGemvConfig(rows=16, programs=multiprocessors, ahead=1)
-    return BitGemvConfig(rows=32 if bits == 12 else 16, programs=twice, ahead=1 if bits == 12 else 2)
+    return BitGemvConfig(rows=32 if light else 16, programs=twice, ahead=1 if light else 2)
 
 
 def bit_gemv(

@@ -92,10 +92,9 @@ def _load_tile(
 @triton.jit
 def _row_products(
     loaded, factors, offsets, prepared, g, q, ZERO: tl.constexpr, WIDTH: tl.constexpr, ONE_SCALE: tl.constexpr,
-    X_BITS: tl.constexpr,
-    ROWS: tl.constexpr, ASM: tl.constexpr,
+    X_BITS: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """The lane's part of the product, for each of its rows."""
+    """The lane's part of the product, for each of its rows, over `UNIT`."""
     OWN: tl.constexpr = ROWS // 8 if ONE_SCALE else ROWS // 4
     FACTORS: tl.constexpr = (OWN + 3) // 4 * 4  # of a block
     words = ()
@@ -108,15 +107,18 @@ def _row_products(
         planes, offset, unit = prepared[part]
         if ONE_SCALE:
             sums = block_sums(words, planes[0], planes[1], q, ROWS, ASM)
-            sums_unit = UNIT
+            sums_unit = unit
         else:
             sums = group_sums(words, planes, g, part, WIDTH, X_BITS, ROWS, ASM)
-            sums_unit = group_unit(g, WIDTH)
+            sums_unit = unit * group_unit(g, WIDTH)
+        taken = offset * (1.0 / UNIT) * unit
         following = ()
         for row in tl.static_range(OWN):
-            taken = offset * (_factor(offsets, part * FACTORS + row) if ZERO is None else ZERO)
             # spelled out, or the compiler chooses which of two products it rounds, differently from shape to shape
-            product = tl.math.fma(sums[row], sums_unit, -taken) * unit
+            if ZERO is None:
+                product = tl.math.fma(-taken, _factor(offsets, part * FACTORS + row), sums[row] * sums_unit)
+            else:
+                product = tl.math.fma(sums[row], sums_unit, -taken * ZERO)
             following = following + (tl.math.fma(product, _factor(factors, part * FACTORS + row), totals[row]),)
         totals = following
     return totals
@@ -232,7 +234,7 @@ def _store_rows(
     LANES: tl.constexpr = 4 if ONE_SCALE else 8  # that shared OWN rows
     N: tl.constexpr = (OWN + LANES - 1) // LANES  # rows of a tile that a lane ends with
     warps = tl.reshape(stacked(results, len(results)), (TOKENS, BLOCKS, 32 * len(results)))
-    total = _last_sum(tl.permute(warps, (0, 2, 1)), TOKENS * 32 * len(results), BLOCKS)
+    total = UNIT * _last_sum(tl.permute(warps, (0, 2, 1)), TOKENS * 32 * len(results), BLOCKS)
     total = tl.reshape(total, (TOKENS, 32, len(results)))
     lane = tl.arange(0, 32)[None, :, None]
     owner = lane // 4 if ONE_SCALE else lane % 4
@@ -279,15 +281,20 @@ def bit_gemv_kernel(
     first_tile = tl.program_id(0)
     programs = tl.num_programs(0)
     first_token = tl.program_id(1) * (TOKENS * EACH)
-    queue = ()
-    for number in tl.static_range(AHEAD if SLOTS > 1 else 1):
+    queue = (
+        _load_tile(
+            words, scales, zeros, first_tile * ROWS, row_words, stride4, block, n_blocks, g, q, GROUP, ZERO, WIDTH,
+            ONE_SCALE, ROWS,
+        ),
+    )  # fmt: skip
+    for number in tl.static_range(1, AHEAD if SLOTS > 1 else 1):
         tile = first_tile + number * programs
-        there = n_blocks if number == 0 else tl.where(tile < n_tiles, n_blocks, 0)
-        words_factors = _load_tile(
+        there = tl.where(tile < n_tiles, n_blocks, 0)
+        later = _load_tile(
             words, scales, zeros, tile * ROWS, row_words, stride4, block, there, g, q, GROUP, ZERO, WIDTH, ONE_SCALE,
             ROWS,
         )  # fmt: skip
-        queue = queue + (words_factors,)
+        queue = queue + (later,)
     if PDL:  # weights are on their way; x may not be there yet
         gdc_wait()
     prepared = ()

@@ -74,8 +74,8 @@ def group_planes(low, high, g, WIDTH: tl.constexpr, X_BITS: tl.constexpr, ASM: t
 
 @triton.jit
 def group_unit(g, WIDTH: tl.constexpr):
-    """What `group_sums` are in: the power of two of the lane's bit among those of a step, and `UNIT`."""
-    return two_to(g % (64 // WIDTH)) * UNIT
+    """What `group_sums` are in, over `UNIT`: the power of two of the lane's bit among those of a step."""
+    return two_to(g % (64 // WIDTH))
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def group_sums(
     ASM: tl.constexpr,
 ):  # fmt: skip
     """Of rows 2q and 2q + 1 of each tile: the integers of x where codes of the lane's group are 1, as far as the bits
-    that the lane passes hold them; of one block of planes, in `group_unit`."""
+    that the lane passes hold them; of one block of planes, in `group_unit` over `UNIT`."""
     SHARED: tl.constexpr = 64 // WIDTH
     N: tl.constexpr = WIDTH // 8
     STEPS: tl.constexpr = X_BITS // 2 // SHARED

@@ -36,7 +36,10 @@ class GemvConfig:
 
 
 def has_gemv(x: Tensor, spec: GroupedIntSpec) -> bool:
-    """Whether the kernels are there for ``x`` [m, in] and the weight; several widths are left to the tensor core."""
+    """Whether the kernels are there for ``x`` [m, in] and the weight; several widths are left to the tensor core.
+
+    One or two rows, of one bit in groups up to four on a device that counts bits.
+    """
     if x.dtype not in HALF_TYPES or not is_paired(spec) or len(planar_segments(spec)) > 1:
         return False
     return len(x) <= MAX_GEMV_TOKENS or counts_tokens(len(x), spec, x.device)
@@ -162,7 +165,8 @@ def gemv(
 
     Returns:
         ``[m, out]``. Sums are float32; x is taken in 16 bits relative to the largest of some 64 neighbours (bit
-        products: 128, or 1024): the relative error of a float32 result is of the order of 2**-16.
+        products: 128, or 1024): the relative error of a float32 result is of the order of 2**-16. Bit products with
+        groups of 128 take bfloat16 in 12 bits: of the order of 2**-11, a quarter of what bfloat16 itself loses.
     """
     n_rows = len(x) if copies is None else 1
     out = torch.empty(n_rows, spec.out_features, dtype=out_dtype or x.dtype, device=x.device)

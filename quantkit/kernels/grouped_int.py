@@ -43,10 +43,10 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
     Returns:
         ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
         device, with float32 products, or on a CPU, for many rows of bfloat16, with the weight rounded to bfloat16.
-        Planar tensors on a GPU are multiplied by Triton kernels: for one or two rows of x products with x in 16 bits
-        relative to its largest neighbours (gemv.py), up to 64 or 128 rows exact products of half precision
-        activations (planar_product.py, wide_product.py), and above (or in float32) products with the weight rounded
-        to the dtype of x.
+        Planar tensors on a GPU are multiplied by Triton kernels: for one or two rows of x (one bit: four) products with
+        x in 16 or 12 bits relative to its largest neighbours (gemv.py), up to 64 or 128 rows exact products of half
+        precision activations (planar_product.py, wide_product.py), and above (or in float32) products with the weight
+        rounded to the dtype of x.
 
     Raises:
         RequestError: wrong last dimension or dtype of ``x``.
