@@ -19,8 +19,7 @@ from quantkit.kernels.launch import early_launch
 from quantkit.kernels.planar import PlanarSegment, planar_segments
 from quantkit.kernels.planar_matmul import triton_kernels
 
-_PLANES_EACH = 1  # of a program
-_SLICED_COLUMNS = 256  # of a program
+_PLANES = 16
 _NORM_COLUMNS = 8192  # that four warps hold in registers
 
 
@@ -166,9 +165,10 @@ def ready_launch(
     residual: Tensor,
 ) -> tuple[tuple[int, int], dict[str, Any]]:
     """Grid and arguments of `ready_kernel`."""
-    count = max(4, _SLICED_COLUMNS // (16 * max(parts.pairs, 1)))
     n_columns = source.x.shape[1] // (2 if source.kind == "gated" else 1)
     block = 1 << (n_columns - 1).bit_length() if source.kind == "norm" else 1
+    warps = 4 if block <= _NORM_COLUMNS else 8
+    sliced = -(-4 * parts.pairs * parts.threads // (32 * warps))
     arguments = {
         "x": source.x,
         "update": source.x if source.update is None else source.update,
@@ -190,8 +190,7 @@ def ready_launch(
         "HAS_UPDATE": source.update is not None,
         "BLOCK": block,
         "PAIRS": parts.pairs,
-        "COUNT": count,
-        "PLANES_EACH": _PLANES_EACH,
-        "num_warps": 4 if block <= _NORM_COLUMNS else 8,
+        "THREADS": 32 * warps,
+        "num_warps": warps,
     }
-    return (parts.blocks * (16 // _PLANES_EACH) + -(-parts.threads // count), len(places)), arguments
+    return (parts.blocks * _PLANES + sliced, len(places)), arguments

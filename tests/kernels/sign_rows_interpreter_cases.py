@@ -47,7 +47,7 @@ def product(weights, x, tables, bias=None, *, starts=(), config=PLAIN, out_dtype
     made = inner["ready"], inner["numbers"]
     source = Source(x=inner["x"])
     grid, arguments = ready_launch(source, parts, inner["places"], inner["factors"], *made, inner["x"])
-    ready_kernel[grid](**arguments)
+    ready_kernel[grid](**arguments, ASM=False)
     signs = {name: inner[f"signs {name}"] for name in signs}
     integers = {name: inner[f"integers {name}"] for each in planar[1:] for name in each} or None
     grid, arguments = rows_launch(*made, parts, signs, integers, bias, inner["out"], starts, config)
@@ -148,7 +148,7 @@ def test_what_comes_before_in_the_same_launch(kind):
     for each, sum_of in ((source, residual), (Source(x=expected), expected)):
         made = [part.fill_(0) for part in new_ready(parts, places)]
         grid, arguments = ready_launch(each, parts, places, factors, *made, sum_of)
-        ready_kernel[grid](**arguments)
+        ready_kernel[grid](**arguments, ASM=False)
         results.append(made)
     if kind != "gated":
         assert torch.equal(residual, x)
