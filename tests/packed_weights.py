@@ -84,11 +84,12 @@ def half_error(x: Tensor) -> Tensor:
     return torch.broadcast_to(x.double().abs().amax(1, keepdim=True) * 2.0**-39, x.shape)
 
 
-def slice_error(x: Tensor, weight: GroupedInt) -> Tensor:
+def slice_error(x: Tensor, weight: GroupedInt, chunks: bool = False) -> Tensor:
     """Bound on what is lost of ``x`` [m, in] where the planar one-row kernel takes it in 16 bits (gemv_triton.py).
 
     A thread has eight columns of every plane of a block; the unit of its slices is their largest magnitude / 32512, and
-    half a unit is lost in rounding (a little more: the quotient is rounded too).
+    half a unit is lost in rounding (a little more: the quotient is rounded too). ``chunks``: it is that of at most 32
+    columns of either plane of a pair (mixed_rows_triton.py).
     """
     spec = weight.spec()
     order = pack(weight).get("group_order", torch.arange(spec.n_groups, device=x.device)).long()
@@ -97,9 +98,12 @@ def slice_error(x: Tensor, weight: GroupedInt) -> Tensor:
     for segment in planar_segments(spec):
         first = segment.first_group * spec.group_size
         mine = columns[:, first : first + segment.n_groups * spec.group_size]
-        shape = (segment.n_blocks, segment.planes_per_block, segment.plane_width // 8, 8)
+        shape = (segment.n_blocks, 1, segment.planes_per_block, segment.plane_width // 8, 8)
+        if chunks:
+            width = min(segment.plane_width, 32)
+            shape = (segment.n_blocks, segment.planes_per_block // 2, 2, segment.plane_width // width, width)
         padded = pad(mine, (0, prod(shape) - mine.shape[1])).unflatten(1, shape)
-        unit = padded.amax((2, 4), keepdim=True).clamp(min=2.0**-100).expand_as(padded) / 32512
+        unit = padded.amax((3, 5), keepdim=True).clamp(min=2.0**-100).expand_as(padded) / 32512
         parts.append(unit.flatten(1)[:, : mine.shape[1]])
     units = torch.cat(parts, 1).unflatten(1, (spec.n_groups, spec.group_size))
     return 0.501 * units[:, order.argsort()].flatten(1)

@@ -36,7 +36,7 @@ class GemvConfig:
 
 
 def has_gemv(x: Tensor, spec: GroupedIntSpec) -> bool:
-    """Whether the kernels are there for ``x`` [m, in] and the weight; several widths are left to the tensor core.
+    """Whether the kernels are there for ``x`` [m, in] and the weight; several widths have others (mixed_rows.py).
 
     One or two rows, of one bit in groups up to four on a device that counts bits.
     """

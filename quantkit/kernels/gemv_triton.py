@@ -156,7 +156,7 @@ def row_factor(four_rows, ROW: tl.constexpr):
 
 
 @triton.jit
-def _row_words(loaded, row: tl.constexpr, pair: tl.constexpr, BITS: tl.constexpr):
+def row_words(loaded, row: tl.constexpr, pair: tl.constexpr, BITS: tl.constexpr):
     """The words that hold a pair's fields; 3 bits: the field itself where it is in spare bits."""
     if BITS != 3:
         return loaded[row]
@@ -179,9 +179,7 @@ def _row_sums(
     for row in tl.static_range(ROWS):
         total = tl.zeros_like(sums[0])
         for pair in tl.static_range(pairs_of(BITS)):
-            product = byte_dot(
-                _row_words(loaded, row, pair, BITS), highs[pair], lows[pair], field_mask(BITS, pair), ASM
-            )
+            product = byte_dot(row_words(loaded, row, pair, BITS), highs[pair], lows[pair], field_mask(BITS, pair), ASM)
             scale = row_factor(scales[pair * QUADS + row // 4], row % 4)
             if ZERO is None:
                 offset = sums[pair] * row_factor(zeros[pair * QUADS + row // 4], row % 4)

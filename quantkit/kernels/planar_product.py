@@ -17,7 +17,7 @@ from torch import Tensor
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.kernels.launch import early_launch
 from quantkit.kernels.launch_shapes import Subject, device_name, measured_config
-from quantkit.kernels.planar import PlanarSegment, padded_rows, planar_segments
+from quantkit.kernels.planar import PlanarSegment, is_paired, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
 MAX_PRODUCT_TOKENS = 128
@@ -97,7 +97,8 @@ def choose_product(n_tokens: int, spec: GroupedIntSpec) -> ProductConfig:
     narrow = int(all(segment.plane_width < 64 for segment in planar_segments(spec)))  # a stage holds fewer words
     many_codes = any(segment.bits == 3 for segment in planar_segments(spec))
     if n_tokens <= 8 and many_codes:  # or mixed widths: registers are for few rows
-        return _shared(ProductConfig(rows=32, warps=2, tokens=8, stages=3, zeros_in_loop=True), rows, 448)
+        # sixteen groups in a block of planes: a loop with their zeros takes a minute to compile
+        return _shared(ProductConfig(rows=32, warps=2, tokens=8, stages=3, zeros_in_loop=is_paired(spec)), rows, 448)
     if n_tokens <= 8 and planes > 2:
         shape = ProductConfig(rows=64, warps=4, tokens=8, stages=3 + narrow, zeros_in_loop=planes < 16)
         return _shared(shape, rows, 512)

@@ -17,6 +17,7 @@ from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.sign_salient import SignSalientSpec
 from quantkit.kernels.bit_gemv import BitGemvConfig, bit_gemv_launch
 from quantkit.kernels.gemv import choose_gemv, gemv_launch
+from quantkit.kernels.mixed_rows import choose_mixed_rows, cut_launch, new_ready, rows_launch
 from quantkit.kernels.planar import to_planar
 from quantkit.kernels.planar_matmul import dequantize_launches
 from quantkit.kernels.planar_product import choose_product, prepare_launch, product_launch, workspace
@@ -206,7 +207,40 @@ def test_wide_products(compile_for_sm90, bits, symmetric, m):
 
 
 def test_mixed_widths(compile_for_sm90):
-    check_product(compile_for_sm90, *layer({2: 7, 3: 17, 4: 8}, True), 1, torch.bfloat16)
+    check_product(compile_for_sm90, *layer({2: 7, 3: 17, 4: 8}, True), 8, torch.bfloat16)
+
+
+def test_all_widths_in_groups_that_no_pair_of_planes_divides(compile_for_sm90):
+    check_product(compile_for_sm90, *layer({1: 3, 2: 3, 3: 3, 4: 3, 8: 3}, False, 48), 8, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("counts", "out_features", "in_flight"),
+    [({1: 8, 2: 16, 3: 8}, 14336, 32), ({2: 8, 3: 16, 4: 8}, 14336, 24), ({1: 28, 2: 56, 3: 28}, 4096, 32)],
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_row_of_mixed_widths(compile_for_sm90, counts, out_features, in_flight, symmetric):
+    """Sixteen bytes a load, all of them before x is waited for, in registers; products by the tensor core."""
+    from quantkit.kernels.mixed_cut_triton import cut_kernel
+    from quantkit.kernels.mixed_rows_triton import mixed_rows_kernel
+
+    spec, tensors = layer(counts, symmetric)
+    config = choose_mixed_rows(replace(spec, out_features=out_features))
+    x, out = torch.zeros(1, spec.in_features, dtype=torch.bfloat16), torch.zeros(1, 192, dtype=torch.bfloat16)
+    ready = new_ready(1, spec, x.device)
+    early = {"ASM": True, "PDL": True, "launch_pdl": True}
+    grid, arguments = cut_launch(x, spec, tensors, *ready)
+    _, sass, resources = compile_for_sm90(cut_kernel, grid, arguments, **early)
+    assert resources["LOCAL"] == resources["STACK"] == 0
+    assert "BAR.SYNC" not in sass  # one warp
+    tiles, arguments = rows_launch(*ready, spec, tensors, None, out, config)
+    _, sass, resources = compile_for_sm90(mixed_rows_kernel, tiles, arguments, **early)
+    assert resources["STACK"] == 0
+    assert "IMMA.16832.U8.S8" in sass
+    assert "IDP.4A" not in sass
+    assert len(re.findall(r"LDG\.E\.EF\.128", sass)) == in_flight
+    assert not re.search(r"LDG\.E\.EF(\.64|\.U?8|\.U?16)? ", sass)
+    assert sass.rindex("LDG.E.EF.128") < sass.index("ACQBULK")
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -27,7 +27,7 @@ def test_groups_of_which_two_planes_are_a_part(group_size, paired):
 
 
 def test_one_width():
-    """Other widths would leave most threads of a program without words; the tensor core's kernel takes them."""
+    """Several widths would leave most threads of a program without words; they have a kernel of their own."""
     x = torch.zeros(1, 384, dtype=torch.float16)
     shape = {"out_features": 8, "in_features": 384, "group_size": 128, "symmetric": True}
     assert not has_gemv(x, GroupedIntSpec(**shape, segments=((2, 1), (3, 2))))

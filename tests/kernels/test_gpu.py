@@ -21,6 +21,15 @@ from quantkit.formats.grouped_int import GroupedInt, pack
 from quantkit.kernels.bit_gemv import BitGemvConfig, bit_gemv, bit_gemv_launch, is_bit_weight
 from quantkit.kernels.gemv import GemvConfig, choose_gemv, gemv, gemv_launch, has_gemv
 from quantkit.kernels.grouped_int import matmul
+from quantkit.kernels.mixed_rows import (
+    MixedConfig,
+    choose_mixed_rows,
+    cut_launch,
+    has_mixed_rows,
+    mixed_rows,
+    new_ready,
+    rows_launch,
+)
 from quantkit.kernels.planar import from_planar, to_planar
 from quantkit.kernels.planar_product import (
     ProductConfig,
@@ -65,6 +74,9 @@ def check(x, weight, tensors, bias=None):
         product, bound = product_and_bound(x, weight, bias)
         lost = integer_error(x, weight) if is_bit_weight(weight.spec()) else slice_error(x, weight)
         bound = 1.001 * bound + lost @ dense.abs().t()
+    elif has_mixed_rows(x, weight.spec()):
+        product, bound = product_and_bound(x, weight, bias)
+        bound = 1.001 * bound + slice_error(x, weight, chunks=True) @ dense.abs().t()
     elif has_planar_product(x, weight.spec()):
         bound = bound + half_error(x) @ dense.abs().t()
     else:
@@ -102,8 +114,48 @@ def test_mixed_widths(bits, group_size):
     weight = on_gpu(random_weight(1, 500, group_size, bits))
     tensors = to_planar(weight.spec(), pack(weight))
     for dtype in HALVES:
-        for m in (1, 8, 40, 100):
+        for m in (1, 2, 8, 40, 100):
             check(activations(m, m, group_size * len(bits), dtype=dtype).cuda(), weight, tensors)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [(1, 2, 3), (2, 3, 4), (3, 4, 8)])
+def test_mixed_widths_inline_ptx_equals_triton_operations_bit_for_bit(bits, symmetric):
+    from quantkit.kernels.mixed_cut_triton import cut_kernel
+    from quantkit.kernels.mixed_rows_triton import mixed_rows_kernel
+
+    weight = on_gpu(random_weight(1, 200, 128, bits * 8, symmetric))
+    spec = weight.spec()
+    tensors = to_planar(spec, pack(weight))
+    for dtype in HALVES:
+        x = activations(0, 2, spec.in_features, dtype=dtype).cuda()
+        results = []
+        for asm in (True, False):
+            out = torch.full((2, 200), float("nan"), device="cuda")
+            ready = new_ready(2, spec, x.device)
+            grid, arguments = cut_launch(x, spec, tensors, *ready)
+            cut_kernel[grid](**arguments, ASM=asm)
+            grid, arguments = rows_launch(*ready, spec, tensors, None, out, choose_mixed_rows(spec, 2))
+            mixed_rows_kernel[grid](**arguments, ASM=asm)
+            results += [out, *ready]
+        assert all(torch.equal(first, second) for first, second in zip(results[:3], results[3:], strict=True))
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(14336, 4096), (1000, 14336)])
+def test_one_row_of_mixed_widths_in_every_shape_of_launch(out_features, in_features):
+    """Deterministic, whatever ran before; each shape adds in an order of its own."""
+    widths = (1, 2, 3, 2) * (in_features // 512)
+    weight = on_gpu(random_weight(2, out_features, 128, widths))
+    spec = weight.spec()
+    tensors = to_planar(spec, pack(weight))
+    x = activations(0, 1, in_features, dtype=torch.bfloat16).cuda()
+    product, bound = product_and_bound(x, weight)
+    bound = 1.001 * bound + slice_error(x, weight, chunks=True) @ weight.dequantize().double().abs().t()
+    for warps, own, ahead in ((2, 4, False), (4, 2, False), (8, 4, True), (16, 2, True)):
+        config = MixedConfig(warps=warps, own=own, ahead=ahead)
+        first = mixed_rows(x, spec, tensors, None, torch.float32, config)
+        assert ((first.double() - product).abs() <= bound + rounding(product.abs() + bound, first.dtype)).all()
+        assert torch.equal(first, mixed_rows(x, spec, tensors, None, torch.float32, config))
 
 
 def test_group_sizes_without_planar_form():

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 FILES = [
     "interpreter_cases.py",
     "gemv_interpreter_cases.py",
+    "mixed_rows_interpreter_cases.py",
     "bit_interpreter_cases.py",
     "sign_rows_interpreter_cases.py",
     "sign_product_interpreter_cases.py",
