@@ -323,7 +323,6 @@ def test_bit_products(group_size, n_groups, symmetric, dtype):
 
 
 @pytest.mark.parametrize("group_size", [128, 4096])
-@pytest.mark.parametrize("group_size", [128, 4096])
 @pytest.mark.parametrize(
     "config",
     [
