@@ -109,6 +109,19 @@ def slice_error(x: Tensor, weight: GroupedInt, chunks: bool = False) -> Tensor:
     return 0.501 * units[:, order.argsort()].flatten(1)
 
 
+def pair_error(x: Tensor, weight: GroupedInt, words: int) -> Tensor:
+    """Bound on what is lost of ``x`` [m, in] where the kernel for few rows takes it in 16 bits (few_rows_triton.py).
+
+    The unit is the largest magnitude in ``words`` neighbouring columns of both planes of a pair / 32512; half of it is
+    lost in rounding (a little more: the quotient is rounded too).
+    """
+    (segment,) = planar_segments(weight.spec())
+    shape = (segment.n_blocks, segment.planes_per_block // 2, 2, segment.plane_width // words, words)
+    padded = pad(x.double().abs(), (0, prod(shape) - x.shape[1])).unflatten(1, shape)
+    unit = padded.amax((3, 5), keepdim=True).clamp(min=2.0**-100).expand_as(padded) / 32512
+    return 0.501 * unit.flatten(1)[:, : x.shape[1]]
+
+
 def integer_error(x: Tensor, weight: GroupedInt) -> Tensor:
     """Bound on what is lost of ``x`` [m, in] where bit products take it in 16 or 12 bits (bit_planes_triton.py).
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from quantkit.errors import RequestError
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.kernels.column_sums import may_sum_columns
+from quantkit.kernels.few_rows import few_rows, has_few_rows
 from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.grouped_int_twin import matmul_reference
 from quantkit.kernels.mixed_rows import has_mixed_rows, mixed_rows
@@ -44,8 +45,8 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
     Returns:
         ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
         device, with float32 products, or on a CPU, for many rows of bfloat16, with the weight rounded to bfloat16.
-        Planar tensors on a GPU are multiplied by Triton kernels: for one or two rows of x (one bit: four) products with
-        x in 16 or 12 bits relative to its largest neighbours (gemv.py, mixed_rows.py), up to 64 or 128 rows exact
+        Planar tensors on a GPU are multiplied by Triton kernels: for few rows of x products with x in 16 (one bit: 12)
+        bits relative to its largest neighbours (gemv.py, mixed_rows.py, few_rows.py), up to 64 or 128 rows exact
         products of half precision activations (planar_product.py, wide_product.py), and above (or in float32) products
         with the weight rounded to the dtype of x.
 
@@ -114,6 +115,8 @@ def planar_matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], b
         return gemv(x, spec, tensors, bias)
     if has_mixed_rows(x, spec):
         return mixed_rows(x, spec, tensors, bias)
+    if has_few_rows(x, spec):
+        return few_rows(x, spec, tensors, bias)
     if has_wide_product(x, spec):
         return wide_product(x.contiguous(), spec, tensors, bias)
     if has_planar_product(x, spec):

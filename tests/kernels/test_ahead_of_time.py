@@ -16,6 +16,7 @@ import torch
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.formats.sign_salient import SignSalientSpec
 from quantkit.kernels.bit_gemv import BitGemvConfig, bit_gemv_launch
+from quantkit.kernels.few_rows import choose_few_rows, few_rows_launch
 from quantkit.kernels.gemv import choose_gemv, gemv_launch
 from quantkit.kernels.mixed_rows import choose_mixed_rows, cut_launch, new_ready, rows_launch
 from quantkit.kernels.planar import to_planar
@@ -182,6 +183,28 @@ def test_words_of_bits_stay_where_they_are_loaded(compile_for_sm90):
 @pytest.mark.parametrize("bits", [2, 3])
 def test_more_tokens(compile_for_sm90, bits, m):
     check_product(compile_for_sm90, *layer({bits: 32}, False), m, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(1, True), (2, True), (4, True), (4, False), (8, False)])
+def test_few_rows(compile_for_sm90, bits, symmetric):
+    """Words before x is waited for; nothing in the loop makes warps wait for each other; registers hold x."""
+    from quantkit.kernels.few_rows_triton import few_rows_kernel
+
+    spec, tensors = layer({bits: 32}, symmetric)
+    x, out = torch.zeros(8, 4096, dtype=torch.bfloat16), torch.zeros(8, 192, dtype=torch.bfloat16)
+    config = replace(choose_few_rows(spec), tiles=2, programs=4)
+    grid, arguments = few_rows_launch(x, spec, tensors, None, out, config)
+    options = {"ASM": True, "PDL": True, "launch_pdl": True}
+    _, sass, resources = compile_for_sm90(few_rows_kernel, grid, arguments, **options)
+    assert resources["STACK"] == 0
+    products = (config.tiles + 1) * config.loads * 2 * max(1, 8 // bits)  # of tiles, and of ones
+    assert sass.count("IMMA.16832.S8.U8") == products
+    assert len(re.findall(r"LDG\.E\.EF\.128", sass)) == 2 * config.tiles * config.loads
+    assert not re.search(r"LDG\.E\.EF(\.64|\.U?8|\.U?16)? ", sass)
+    assert sass.index("LDG.E.EF.128") < sass.index("ACQBULK")
+    loop = sass[sass.index("ACQBULK") : sass.rindex("IMMA.16832")]
+    assert "BAR.SYNC" not in loop
+    assert re.search(r"STG\.E\.(64|128)", sass)
 
 
 @pytest.mark.parametrize("m", [32, 64, 128])

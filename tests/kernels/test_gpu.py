@@ -11,6 +11,7 @@ from packed_weights import (
     activations,
     half_error,
     integer_error,
+    pair_error,
     product_and_bound,
     random_weight,
     rounding,
@@ -19,6 +20,7 @@ from packed_weights import (
 
 from quantkit.formats.grouped_int import GroupedInt, pack
 from quantkit.kernels.bit_gemv import BitGemvConfig, bit_gemv, bit_gemv_launch, is_bit_weight
+from quantkit.kernels.few_rows import FewRowsConfig, choose_few_rows, few_rows, few_rows_launch, has_few_rows
 from quantkit.kernels.gemv import GemvConfig, choose_gemv, gemv, gemv_launch, has_gemv
 from quantkit.kernels.grouped_int import matmul
 from quantkit.kernels.mixed_rows import (
@@ -75,6 +77,10 @@ def check(x, weight, tensors, bias=None):
     elif has_mixed_rows(x, weight.spec()):
         product, bound = product_and_bound(x, weight, bias)
         bound = 1.001 * bound + slice_error(x, weight, chunks=True) @ dense.abs().t()
+    elif has_few_rows(x, weight.spec()):
+        lost = pair_error(x, weight, 32 * choose_few_rows(weight.spec()).loads)
+        product, bound = product_and_bound(x, weight, bias)
+        bound = 1.001 * bound + lost @ dense.abs().t()
     elif has_planar_product(x, weight.spec()):
         bound = bound + half_error(x) @ dense.abs().t()
     else:
@@ -280,6 +286,29 @@ def test_any_launch_shape(rows, warps, bits):
         config = ProductConfig(rows=rows, warps=warps, tokens=tokens, stages=2, splits=splits, zeros_in_loop=in_loop)
         out = planar_product(x, spec, tensors, None, torch.float32, config)
         assert ((out.double() - product).abs() <= bound + rounding(product, torch.float32)).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "warps", "splits"), [(1, 4, 2), (2, 8, 1), (4, 16, 1), (4, 4, 4), (8, 16, 2)])
+def test_few_rows(bits, warps, splits, symmetric):
+    """Inline PTX and Triton's operations alike bit for bit, and the bound of sums of x in slices."""
+    from quantkit.kernels.few_rows_triton import few_rows_kernel
+
+    weight = on_gpu(random_weight(bits, 1000, 128, (bits,) * 32, symmetric))
+    spec, tensors = weight.spec(), to_planar(weight.spec(), pack(weight))
+    loads = choose_few_rows(spec).loads
+    for m, tiles, programs in ((8, 2, 132), (5, 1, 7), (16, 2, 32)):
+        config = FewRowsConfig(warps=warps, loads=loads, tiles=tiles, programs=programs, splits=splits)
+        x = activations(m, m, 4096, dtype=torch.bfloat16).cuda()
+        y = few_rows(x, spec, tensors, None, torch.float32, config)
+        product, bound = product_and_bound(x, weight)
+        bound = 1.001 * bound + pair_error(x, weight, 32 * loads) @ weight.dequantize().double().abs().t()
+        assert ((y.double() - product).abs() <= bound + rounding(product, torch.float32)).all()
+        plain = torch.full_like(y, float("nan"))
+        grid, arguments = few_rows_launch(x, spec, tensors, None, plain, config)
+        few_rows_kernel[grid](**arguments, ASM=False)
+        assert torch.equal(y, plain)
+    assert not tensors["counters"].any()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -15,6 +15,7 @@ FILES = [
     "interpreter_cases.py",
     "gemv_interpreter_cases.py",
     "mixed_rows_interpreter_cases.py",
+    "few_rows_interpreter_cases.py",
     "bit_interpreter_cases.py",
     "sign_rows_interpreter_cases.py",
     "sign_product_interpreter_cases.py",
