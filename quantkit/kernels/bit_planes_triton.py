@@ -7,9 +7,9 @@ p = g of its words.
 If a row has one scale for all columns of a block (W = 64), the lanes exchange what they prepared, and each has two
 planes of bits of whole words: the tensor core counts for the whole block at once. Otherwise 128 columns, at C = 64 / W
 neighbouring bit positions, belong to a group that may be like no other. The C lanes that share q and these positions
-exchange what they prepared: lane 4g + q then has bits C s + g % C of the halves of the integers, s = 0, 1, .., at all C
-positions. It passes planes with bits there and nowhere else, so its counts are of its group alone, and it has the
-group's scale. In step s it passes bits C s + g % C of both halves: 8 / C steps take sixteen bits, 6 / C twelve.
+exchange what they prepared: lane 4g + q then has bits C i + g % C of the integers, i = 0, 1, .., at all C positions. It
+passes planes with bits there and nowhere else, two of them (i = 2 s and 2 s + 1) in step s. So its counts are of its
+group alone, and it has the group's scale. 8 / C steps take sixteen bits, 6 / C twelve.
 
 Twelve bits are what bfloat16 values are taken in where a group has a scale of its own: half a unit is 2**-12 of the
 largest of 128 columns, which has been rounded to 2**-9 of itself.
@@ -80,7 +80,7 @@ def prepared_x(
         top = _of_lanes(tl.max(tl.maximum(largest & 0xFFFF, largest >> 16), 1), True, LANES, ASM)
         top = half_to_float(top, BF16)
         top = tl.where(top < TINY, TINY, top)  # NaN stays
-        low, high, total = integer_bytes(pairs, MOST / top, WIDTH // 8, BF16, ASM, X_BITS)
+        low, high, total = integer_bytes(pairs, MOST / top, WIDTH // 8, BF16, ASM)
         offset = _of_lanes(total, False, LANES, ASM).to(tl.float32) * (1.0 / SHARES)
         low = transposed_bits(low, thread, WIDTH // 8, EXCHANGED, ASM)
         high = transposed_bits(high, thread, WIDTH // 8, EXCHANGED, ASM)

@@ -146,17 +146,16 @@ def _bytes(first, second, ODD: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def integer_bytes(pairs, inverse, N: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr, X_BITS: tl.constexpr = 16):
-    """x at the columns of one bit position of N words, as integers of X_BITS bits cut into two halves.
+def integer_bytes(pairs, inverse, N: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """x at the columns of one bit position of N words, as 16-bit integers cut into bytes.
 
     Args:
         pairs: 2 x N words of two neighbouring values: for the low bytes of the packed words, then for the high ones.
         inverse: what takes x to integers.
-        X_BITS: 16 or 12. With 12 the two upper bits of what is returned are not those of a half.
 
     Returns:
-        N words of low halves, N of high halves, each in the byte where its column's byte is in the packed word; and the
-        sum of the integers.
+        N words of low bytes, N of high bytes, each byte where its column's byte is in the packed word; and the sum of
+        the integers.
     """
     integers = ()
     total = tl.zeros_like(pairs[0])
@@ -167,10 +166,7 @@ def integer_bytes(pairs, inverse, N: tl.constexpr, BF16: tl.constexpr, ASM: tl.c
     high = ()
     for index in tl.static_range(N):
         low = low + (_bytes(integers[index], integers[N + index], False, ASM),)
-        if X_BITS == 16:
-            high = high + (_bytes(integers[index], integers[N + index], True, ASM),)
-        else:
-            high = high + (_bytes(integers[index] >> 6, integers[N + index] >> 6, False, ASM),)
+        high = high + (_bytes(integers[index], integers[N + index], True, ASM),)
     return low, high, total
 
 

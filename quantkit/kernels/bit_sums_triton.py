@@ -59,16 +59,18 @@ def _group_bits(width):
 
 @triton.jit
 def group_planes(low, high, g, WIDTH: tl.constexpr, X_BITS: tl.constexpr, ASM: tl.constexpr):
-    """The planes that the lane passes in each step, of low and of high halves in turns, each WIDTH / 8 words: bits
-    C s + g % C of the halves in step s, where the bits of the lane's group are in a word."""
+    """The planes that the lane passes in each step, two in turns, each of WIDTH / 8 words: in step s bits 2 C s + g % C
+    and C more of the integers, where the bits of the lane's group are in a word."""
     SHARED: tl.constexpr = 64 // WIDTH
     home = g // SHARED * SHARED
     mask = (tl.zeros_like(g) + _group_bits(WIDTH)) << home
     planes = ()
     for step in tl.static_range(X_BITS // 2 // SHARED):
-        turn = (home - SHARED * step) & 31
         for index in tl.static_range(WIDTH // 8):
-            planes = planes + (plane_bits(low[index], turn, mask, ASM), plane_bits(high[index], turn, mask, ASM))
+            source = low[index] if 2 * SHARED * step < 8 else high[index]
+            for number in tl.static_range(2):
+                turn = (home - (2 * step + number) * SHARED % 8) & 31
+                planes = planes + (plane_bits(source, turn, mask, ASM),)
     return planes
 
 
@@ -104,14 +106,13 @@ def group_sums(
                 )  # fmt: skip
             following = ()
             for row in tl.static_range(2):
-                low = counts[row].to(tl.float32, bitcast=True)
-                total = tl.math.fma(low, 2.0 ** (112 + SHARED * step), totals[row])
-                high = counts[2 + row].to(tl.float32, bitcast=True)
+                lower = counts[row].to(tl.float32, bitcast=True)
+                total = tl.math.fma(lower, 2.0 ** (112 + 2 * SHARED * step), totals[row])
+                upper = counts[2 + row].to(tl.float32, bitcast=True)
                 if step == STEPS - 1:
-                    following = following + (tl.math.fma(high, last_weight, total),)
+                    following = following + (tl.math.fma(upper, last_weight, total),)
                 else:
-                    weight = 2.0 ** (112 + SHARED * step + X_BITS // 2)
-                    following = following + (tl.math.fma(high, weight, total),)
+                    following = following + (tl.math.fma(upper, 2.0 ** (112 + 2 * SHARED * step + SHARED), total),)
             totals = following
         sums = sums + totals
     return sums
