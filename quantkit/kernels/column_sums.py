@@ -3,7 +3,7 @@
 The product of a row of x with a weight is a sum of the weight's columns, weighted by x, and inside a group of columns
 the codes can be summed before they are scaled:
 
-    y[o] = sum_g scales[o, g] * sum_{i in g} (codes[o, i] - zeros[g]) x[i]
+    y[o] = sum_g scales[o, g] * sum_{i in g} (codes[o, i] - zeros[o, g]) x[i]
 
 torch sums weighted rows of a table of bytes in one operation, vectorized, in parallel and in float32
 (``quantized::embedding_bag_byte_rowwise_offsets``); behind the bytes of a row stand a scale and an offset of its own. A
@@ -44,15 +44,15 @@ def sums_columns(packed: Tensor, bits: int, group_size: int) -> bool:
     return is_by_columns(packed) and packed.device.type == "cpu" and may_sum_columns(bits, group_size)
 
 
-def column_sums(x: Tensor, packed: Tensor, scales: Tensor, bits: int, zero: float) -> Tensor:
-    """``sum_g scales[:, g] * sum_{i in g} (codes[:, i] - zero) x[:, i]``.
+def column_sums(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | float, bits: int) -> Tensor:
+    """``sum_g scales[:, g] * sum_{i in g} (codes[:, i] - zeros[:, g]) x[:, i]``.
 
     Args:
         x: float32 ``[m, count, group_size]``.
         packed: uint8 ``[out, bytes]`` of which `sums_columns` is true.
         scales: float32 ``[out, count]``.
+        zeros: the same, or one for all codes.
         bits: of the codes.
-        zero: of all codes.
 
     Returns:
         float32 ``[m, out]``.
@@ -63,7 +63,7 @@ def column_sums(x: Tensor, packed: Tensor, scales: Tensor, bits: int, zero: floa
     n_runs = len(table) // run
     aligned = n_out % 8 == 0 and packed.storage_offset() % 8 == 0 and packed.stride(1) % 8 == 0
     word = torch.int64 if aligned else torch.uint8
-    units, masks, tails = _constants(bits, zero, word)
+    units, masks, tails = _constants(bits, zeros if isinstance(zeros, float) else 0.0, word)
     weights = (x.reshape(m, n_runs, run, planes) * units).transpose(2, 3).contiguous()
     step = min(n_runs, max(1, _SCRATCH_BYTES // (n_out * run * planes)) * torch.get_num_threads())
     scratch = table.new_empty(step, planes, run, n_out + _TAIL_BYTES)
@@ -88,6 +88,8 @@ def column_sums(x: Tensor, packed: Tensor, scales: Tensor, bits: int, zero: floa
         sums.append(part.view(m, here, n_out))
     grouped = (sums[0] if len(sums) == 1 else torch.cat(sums, 1)).view(m, count, -1, n_out)
     total = grouped.squeeze(2) if grouped.shape[2] == 1 else grouped.sum(2)
+    if isinstance(zeros, Tensor):
+        total.addcmul_(x.sum(2, keepdim=True), zeros.t(), value=-1)
     return total.mul_(scales.t()).sum(1)
 
 

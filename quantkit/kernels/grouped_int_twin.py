@@ -84,15 +84,14 @@ def _segments(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor]) -> li
 def _plus_segment(out: Tensor | None, segment: _Segment) -> Tensor:
     """Float32 ``out`` [m, out], None for nothing, plus the product with a segment; in place."""
     x, packed, bits = segment.x, segment.packed, segment.bits
-    few = 0 < len(x) <= FEW_ROWS and sums_columns(packed, bits, x.shape[2])
-    centred = segment.zeros is None and (few or segment.fuses)
+    zeros = symmetric_zero(bits) if segment.zeros is None else segment.zeros
+    if 0 < len(x) <= FEW_ROWS and sums_columns(packed, bits, x.shape[2]):
+        sums = column_sums(x, packed, segment.scales, zeros, bits)
+        return sums if out is None else out.add_(sums)
+    centred = segment.zeros is None and segment.fuses
     if not centred:  # the part of the zeros, from sums of x alone
-        zeros = symmetric_zero(bits) if segment.zeros is None else segment.zeros
         of_zeros = x.sum(-1) @ (segment.scales * -zeros).t()
         out = of_zeros if out is None else out.add_(of_zeros)
-    if few:
-        sums = column_sums(x, packed, segment.scales, bits, symmetric_zero(bits) if centred else 0.0)
-        return sums if out is None else out.add_(sums)
     return _plus_product(out, _decoder(segment, centred))
 
 

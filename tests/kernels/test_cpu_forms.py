@@ -50,21 +50,24 @@ def test_products_with_codes_held_by_columns(seed, out_features, group_size, bit
     assert torch.equal(bias, torch.linspace(-1, 1, out_features))
 
 
-@pytest.mark.parametrize("zero", [0.0, 2.0])
-@pytest.mark.parametrize(("bits", "n_out"), [(1, 40), (2, 33), (2, 64), (4, 24), (8, 16)])
-def test_sums_of_integers_are_exact(bits, n_out, zero):
+@pytest.mark.parametrize("zeros", [0.0, 2.0, torch.arange(3.0).repeat(40, 1) + torch.arange(40.0)[:, None] % 2])
+@pytest.mark.parametrize(("bits", "n_out"), [(1, 40), (2, 33), (2, 40), (4, 24), (8, 16)])
+def test_sums_of_integers_are_exact(bits, n_out, zeros):
     """Integers below 2**24 and scales that are powers of two: float32 has no rounding, so every order is the same."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(2**bits, (n_out, 3, 64), generator=generator)
     scales = 2.0 ** torch.randint(-3, 3, (n_out, 3), generator=generator)
     x = torch.randint(-50, 50, (5, 3, 64), generator=generator).float()
-    weight = scales[..., None] * (codes - zero)
+    each = zeros[:n_out] if isinstance(zeros, Tensor) else torch.full((n_out, 3), zeros)
+    zeros = each if isinstance(zeros, Tensor) else zeros
+    weight = scales[..., None] * (codes - each[..., None])
     packed = by_columns(pack_bits(codes.byte().flatten(1), bits))
     exact = torch.einsum("mgi,ogi->mo", x.double(), weight.double())
-    assert torch.equal(column_sums(x, packed, scales, bits, zero).double(), exact)
+    assert torch.equal(column_sums(x, packed, scales, zeros, bits).double(), exact)
     some = packed[8:16]  # a slice of rows is read in place
     assert sums_columns(some, bits, 64)
-    assert torch.equal(column_sums(x, some, scales[8:16], bits, zero).double(), exact[:, 8:16])
+    part = each[8:16] if isinstance(zeros, Tensor) else zeros
+    assert torch.equal(column_sums(x, some, scales[8:16], part, bits).double(), exact[:, 8:16])
 
 
 def test_which_codes_are_summed():
