@@ -8,25 +8,28 @@ the codes can be summed before they are scaled:
 torch sums weighted rows of a table of bytes in one operation, vectorized, in parallel and in float32
 (``quantized::embedding_bag_byte_rowwise_offsets``); behind the bytes of a row stand a scale and an offset of its own. A
 table row is a column of codes here. One mask over bytes ``[columns / 4, out]`` yields every fourth of them (2 bits), in
-units of 1, 4, 16 or 64, by which x is divided.
+units of 1, 4, 16 or 64, by which x is divided. A code that crosses into the next byte is two such *pieces*.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 
 import torch
 from torch import Tensor
 
 FEW_ROWS = 8  # rows of x up to which this is faster than decoding
 _SCRATCH_BYTES = 2 << 20  # codes that are unpacked at a time, per thread: stay in cache
-_LONGEST_RUN = 512  # columns in one sum, at most
+_SHORTEST_RUN = 16  # columns in one sum
+_LONGEST_RUN = 512
 _TAIL_BYTES = 8  # of scale and offset, float32
 
 
 def may_sum_columns(bits: int, group_size: int) -> bool:
-    """Whether codes can be held for it: of a power of two bits, in groups of whole bytes, with sums of 16 or more."""
-    return 8 % bits == 0 and group_size * bits % 8 == 0 and _run(bits, group_size) * 8 >= 16 * bits
+    """Whether codes can be held for it: groups of whole periods of the bit stream, sums of 16 columns or more."""
+    n_codes = _period(bits)[1]
+    return group_size % n_codes == 0 and _run(n_codes, group_size) * n_codes >= _SHORTEST_RUN
 
 
 def by_columns(packed: Tensor) -> Tensor:
@@ -58,26 +61,31 @@ def column_sums(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | float
         float32 ``[m, out]``.
     """
     m, count, group_size = x.shape
-    table = packed.t()
-    planes, n_out, run = 8 // bits, len(packed), _run(bits, group_size)
-    n_runs = len(table) // run
+    n_bytes, n_codes = _period(bits)
+    n_out, run = len(packed), _run(n_codes, group_size)
+    n_runs = packed.shape[1] // (run * n_bytes)
     aligned = n_out % 8 == 0 and packed.storage_offset() % 8 == 0 and packed.stride(1) % 8 == 0
     word = torch.int64 if aligned else torch.uint8
-    units, masks, tails = _constants(bits, zeros if isinstance(zeros, float) else 0.0, word)
-    weights = (x.reshape(m, n_runs, run, planes) * units).transpose(2, 3).contiguous()
-    step = min(n_runs, max(1, _SCRATCH_BYTES // (n_out * run * planes)) * torch.get_num_threads())
-    scratch = table.new_empty(step, planes, run, n_out + _TAIL_BYTES)
-    words = table.view(word).view(n_runs, 1, run, -1)
-    codes, ends = scratch.view(word).tensor_split([words.shape[3]], 3)
+    zero = zeros if isinstance(zeros, float) else 0.0
+    columns, units, tails, masks = _pieces(bits, zero, word)
+    each = x.reshape(m, n_runs, run, n_codes)
+    each = each if n_bytes == 1 else each.index_select(3, columns)
+    weights = (each * units).transpose(2, 3).contiguous()
+    size = run * len(units)
+    step = min(n_runs, max(1, _SCRATCH_BYTES // (n_out * size)) * torch.get_num_threads())
+    words = packed.t().view(word).view(n_runs, run, n_bytes, -1).unsqueeze(1)
+    scratch = packed.new_empty(step, len(units), run, n_out + _TAIL_BYTES)
+    fields, ends = scratch.view(word).tensor_split([words.shape[4]], 3)
     ends.copy_(tails)
     rows = scratch.view(-1, scratch.shape[3])
     sums = []
     for first in range(0, n_runs, step):
         here = min(step, n_runs - first)
-        torch.bitwise_and(words[first : first + here], masks, out=codes[:here])
+        for byte, (some, mask) in enumerate(masks):
+            torch.bitwise_and(words[first : first + here, :, :, byte], mask, out=fields[:here, some])
         part = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
             rows,
-            *_bags(m, here, run * planes),
+            *_bags(m, here, size),
             False,  # not by frequency of rows
             0,  # sums
             False,  # no rows left out
@@ -94,20 +102,40 @@ def column_sums(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | float
 
 
 @lru_cache(maxsize=64)
-def _run(bits: int, group_size: int) -> int:
-    """Bytes of the codes of one output that are summed at once: a divisor of a group's."""
-    n_bytes = group_size * bits // 8
-    return max(run for run in range(1, _LONGEST_RUN * bits // 8 + 1) if n_bytes % run == 0)
+def _run(n_codes: int, group_size: int) -> int:
+    """Periods that are summed at once: a divisor of those of a group."""
+    periods = group_size // n_codes
+    return max(run for run in range(1, max(1, _LONGEST_RUN // n_codes) + 1) if periods % run == 0)
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """Bytes and codes after which the bit stream of a row repeats."""
+    n_bytes = bits // gcd(bits, 8)
+    return n_bytes, 8 * n_bytes // bits
 
 
 @lru_cache(maxsize=64)
-def _constants(bits: int, zero: float, word: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each plane: what x is multiplied by, float32 ``[planes]``; its mask and its tail, words ``[planes, 1, n]``."""
-    shifts = range(0, 8, bits)
-    units = torch.tensor([0.5**shift for shift in shifts])
-    masks = torch.tensor([[[(1 << bits) - 1 << shift] * word.itemsize] for shift in shifts], dtype=torch.uint8)
-    tails = torch.tensor([[[1.0, -zero * 2.0**shift]] for shift in shifts])
-    return units, masks.view(word), tails.view(word)
+def _pieces(bits: int, zero: float, word: torch.dtype) -> tuple[Tensor, Tensor, Tensor, list[tuple[slice, Tensor]]]:
+    """The pieces of a period: parts of codes that lie in one byte.
+
+    Returns:
+        Of which code each is, and what that column of x is multiplied by, ``[pieces]``; their tails, words
+        ``[pieces, 1, n]``; of each byte, which pieces are its, and their masks ``[pieces of the byte, 1, n]``.
+    """
+    columns, units, tails, masks = [], [], [], []
+    for byte in range(_period(bits)[0]):
+        codes = range(8 * byte // bits, -(-8 * (byte + 1) // bits))
+        fields = []
+        for code in codes:
+            shift = code * bits - 8 * byte  # where the code begins; before the byte where it crossed into it
+            columns.append(code)
+            units.append(0.5**shift)
+            tails.append([1.0, -zero * 2.0**shift if shift >= 0 else 0.0])
+            fields.append((1 << min(shift + bits, 8)) - (1 << max(shift, 0)))
+        mask = torch.tensor([[[field] * word.itemsize] for field in fields], dtype=torch.uint8).view(word)
+        masks.append((slice(len(columns) - len(codes), len(columns)), mask))
+    tail = torch.tensor(tails).unsqueeze(1).view(torch.uint8).view(word)
+    return torch.tensor(columns), torch.tensor(units), tail, masks
 
 
 @lru_cache(maxsize=64)

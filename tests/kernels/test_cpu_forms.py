@@ -51,7 +51,9 @@ def test_products_with_codes_held_by_columns(seed, out_features, group_size, bit
 
 
 @pytest.mark.parametrize("zeros", [0.0, 2.0, torch.arange(3.0).repeat(40, 1) + torch.arange(40.0)[:, None] % 2])
-@pytest.mark.parametrize(("bits", "n_out"), [(1, 40), (2, 33), (2, 40), (4, 24), (8, 16)])
+@pytest.mark.parametrize(
+    ("bits", "n_out"), [(1, 40), (2, 33), (2, 40), (3, 40), (4, 24), (5, 33), (6, 24), (7, 16), (8, 16)]
+)
 def test_sums_of_integers_are_exact(bits, n_out, zeros):
     """Integers below 2**24 and scales that are powers of two: float32 has no rounding, so every order is the same."""
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +77,9 @@ def test_which_codes_are_summed():
     assert not sums_columns(packed, 2, 32)  # row after row
     assert sums_columns(by_columns(packed), 2, 32)
     assert not sums_columns(by_columns(packed), 2, 3)  # a group ends within a byte
-    assert not sums_columns(by_columns(packed), 3, 32)  # so do codes
+    assert sums_columns(by_columns(packed), 3, 32)
+    assert not sums_columns(by_columns(packed), 3, 12)  # 36 bits
+    assert not sums_columns(by_columns(packed), 2, 8)  # sums of 8
     assert torch.equal(by_columns(packed), packed)
     assert is_by_columns(by_columns(packed))
     assert not is_by_columns(packed)
