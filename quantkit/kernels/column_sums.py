@@ -122,24 +122,29 @@ def _pieces(bits: int, zero: float, word: torch.dtype) -> tuple[Tensor, Tensor, 
         Of which code each is, and what that column of x is multiplied by, ``[pieces]``; their tails, words
         ``[pieces, 1, n]``; of each byte, which pieces are its, and their masks ``[pieces of the byte, 1, n]``.
     """
-    columns, units, tails, masks = [], [], [], []
+    columns, units, tails = [], [], []
+    fields: list[list[int]] = []
     for byte in range(_period(bits)[0]):
-        codes = range(8 * byte // bits, -(-8 * (byte + 1) // bits))
-        fields = []
-        for code in codes:
+        fields.append([])
+        for code in range(8 * byte // bits, -(-8 * (byte + 1) // bits)):
             shift = code * bits - 8 * byte  # where the code begins; before the byte where it crossed into it
             columns.append(code)
             units.append(0.5**shift)
             tails.append([1.0, -zero * 2.0**shift if shift >= 0 else 0.0])
-            fields.append((1 << min(shift + bits, 8)) - (1 << max(shift, 0)))
-        mask = torch.tensor([[[field] * word.itemsize] for field in fields], dtype=torch.uint8).view(word)
-        masks.append((slice(len(columns) - len(codes), len(columns)), mask))
-    tail = torch.tensor(tails).unsqueeze(1).view(torch.uint8).view(word)
-    return torch.tensor(columns), torch.tensor(units), tail, masks
+            fields[byte].append((1 << min(shift + bits, 8)) - (1 << max(shift, 0)))
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever the first call runs in: the next ones use these
+        masks: list[tuple[slice, Tensor]] = []
+        for mine in fields:
+            first = masks[-1][0].stop if masks else 0
+            mask = torch.tensor([[[field] * word.itemsize] for field in mine], dtype=torch.uint8).view(word)
+            masks.append((slice(first, first + len(mine)), mask))
+        tail = torch.tensor(tails).unsqueeze(1).view(torch.uint8).view(word)
+        return torch.tensor(columns), torch.tensor(units), tail, masks
 
 
 @lru_cache(maxsize=64)
 def _bags(m: int, n_bags: int, size: int) -> tuple[Tensor, Tensor]:
     """Rows of the table and where each sum begins, for ``m`` times the same rows."""
-    rows = torch.arange(n_bags * size, dtype=torch.int32).repeat(m)
-    return rows, torch.arange(0, len(rows) + 1, size, dtype=torch.int32)
+    with torch.inference_mode(False), torch.device("cpu"):
+        rows = torch.arange(n_bags * size, dtype=torch.int32).repeat(m)
+        return rows, torch.arange(0, len(rows) + 1, size, dtype=torch.int32)

@@ -85,7 +85,8 @@ def _plus_segment(out: Tensor | None, segment: _Segment) -> Tensor:
     """Float32 ``out`` [m, out], None for nothing, plus the product with a segment; in place."""
     x, packed, bits = segment.x, segment.packed, segment.bits
     zeros = symmetric_zero(bits) if segment.zeros is None else segment.zeros
-    if 0 < len(x) <= FEW_ROWS and sums_columns(packed, bits, x.shape[2]):
+    few = 0 < len(x) <= FEW_ROWS and not x.requires_grad  # the sums have no gradient
+    if few and sums_columns(packed, bits, x.shape[2]):
         sums = column_sums(x, packed, segment.scales, zeros, bits)
         return sums if out is None else out.add_(sums)
     centred = segment.zeros is None and segment.fuses
@@ -152,11 +153,14 @@ def _plus_product(out: Tensor | None, part: _Planes | FusedRows) -> Tensor:
     tile_bytes = _TILE_BYTES_WIDE if m >= _WIDE_ROWS else _TILE_BYTES
     step = _even_step(out_features, tile_bytes // (4 * part.n_columns))
     tile: Any = part.new_tile(step)
-    total = part.x.new_empty(m, out_features) if out is None else out
+    fresh = out is None and not part.x.requires_grad  # torch writes into a tensor only what has no gradient
+    total = out
+    if total is None:
+        total = part.x.new_empty(m, out_features) if fresh else part.x.new_zeros(m, out_features)
     for first in range(0, out_features, step):
         rows = slice(first, first + step)
         weight = part.decode(rows, tile).t()
-        if out is None:
+        if fresh:
             torch.mm(part.x, weight, out=total[:, rows])
         else:
             total[:, rows].addmm_(part.x, weight)

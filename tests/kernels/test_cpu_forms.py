@@ -13,7 +13,15 @@ from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedInt, pack
 from quantkit.formats.packing import pack_bits
-from quantkit.kernels.column_sums import FEW_ROWS, by_columns, column_sums, is_by_columns, sums_columns
+from quantkit.kernels.column_sums import (
+    FEW_ROWS,
+    _bags,
+    _pieces,
+    by_columns,
+    column_sums,
+    is_by_columns,
+    sums_columns,
+)
 from quantkit.kernels.fused_rows import FusedRows, can_fuse
 from quantkit.kernels.grouped_int import codes_by_columns, matmul
 from quantkit.kernels.grouped_int_twin import matmul_reference
@@ -121,3 +129,30 @@ def test_many_rows_take_the_codes_row_after_row(bits, rows):
             matmul_reference(x, weight.spec(), held(weight), None),
             matmul_reference(x, weight.spec(), pack(weight), None),
         )
+
+
+def test_constants_made_in_one_mode_serve_in_all():
+    """What is kept between calls is made on the CPU, whatever torch's default, and is not bound to inference mode."""
+    weight = random_weight(0, 24, 48, (3, 2))
+    spec, tensors = weight.spec(), held(weight)
+    x = activations(0, 2, 96)
+    _pieces.cache_clear()
+    _bags.cache_clear()
+    with torch.inference_mode(), torch.device("meta"):
+        first = matmul(x, spec, tensors)
+    assert torch.equal(matmul(x, spec, tensors), first)
+    with torch.enable_grad():
+        assert torch.equal(matmul(x, spec, tensors), first)
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("bits", [(2, 2), (3, 2, 5)])
+def test_gradients_of_x(bits, rows):
+    """Of the sum of all outputs: the sums of the weight's columns, to float32's rounding of as many terms."""
+    weight = random_weight(0, 24, 48, bits)
+    x = activations(0, rows, 48 * len(bits)).requires_grad_()
+    matmul_reference(x, weight.spec(), held(weight), None).sum().backward()
+    dense = weight.dequantize().double()
+    codes = (weight.scales.repeat_interleave(48, 1) * (weight.codes + weight.zeros.repeat_interleave(48, 1))).double()
+    assert x.grad is not None
+    assert ((x.grad.double() - dense.sum(0)).abs() <= 2 * (24 + 48) * 2.0**-24 * codes.sum(0)).all()
