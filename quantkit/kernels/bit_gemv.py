@@ -74,28 +74,37 @@ def choose_bit_gemv(spec: GroupedIntSpec, multiprocessors: int, n_tokens: int, b
     """The launch shape for a weight and so many rows of x, in so many bits (measured on an H200, docs/log.md).
 
     Each program prepares x, which takes as long as dozens of rows: eight warps for each multiprocessor are best,
-    sixteen where 128 registers are enough and rows are long and many.
+    sixteen where 128 registers are enough and rows are many, four where they are few.
     """
     blocks, twice = _blocks(spec), 2 * multiprocessors
-    few = spec.out_features <= 32 * multiprocessors
     if has_one_scale(spec):
-        if blocks > 8 or (blocks > 2 and few):
-            return BitGemvConfig(rows=64, registers=128)
-        return BitGemvConfig(rows=16 if blocks > 4 else 32, programs=twice)
+        return _one_scale(blocks, twice, spec.out_features <= 16 * twice, n_tokens)
+    few = spec.out_features <= 24 * twice
     if blocks > 8:
         return BitGemvConfig(rows=32, registers=128)
     if n_tokens > 1:
         tokens = 4 if n_tokens > 2 and blocks <= 4 else 2
         shares = -(-n_tokens // tokens) * tokens * blocks // 8
-        return BitGemvConfig(rows=16, programs=twice // max(1, shares), ahead=1, tokens=tokens, each=2)
+        programs = twice // max(1, shares, 2 if few else 1)
+        return BitGemvConfig(rows=16, programs=programs, ahead=1, tokens=tokens, each=2)
     light = bits == 12 and spec.symmetric  # 128 registers are enough for a tile of sixteen rows
     if blocks > 4:
         if not light:
             return BitGemvConfig(rows=16, programs=multiprocessors, ahead=3)
         return BitGemvConfig(rows=16, programs=twice, ahead=1, registers=128)
     if few:
-        return BitGemvConfig(rows=16, programs=multiprocessors, ahead=1)
-    return BitGemvConfig(rows=32 if light else 16, programs=twice, ahead=1 if light else 2)
+        return BitGemvConfig(rows=16, programs=multiprocessors, ahead=1 if spec.out_features <= twice * 16 else 2)
+    if light and 24 <= spec.out_features // twice // 4 <= 64:  # three to eight tiles for each of four programs
+        return BitGemvConfig(rows=16, programs=2 * twice, ahead=1, registers=128)
+    return BitGemvConfig(rows=32, programs=twice, ahead=1)
+
+
+def _one_scale(blocks: int, twice: int, few: bool, n_tokens: int) -> BitGemvConfig:
+    if blocks > 8 or (blocks > 2 and few):
+        return BitGemvConfig(rows=64, registers=128)
+    if n_tokens > 1 and blocks <= 4:
+        return BitGemvConfig(rows=32, programs=twice, ahead=1, tokens=2, each=2)
+    return BitGemvConfig(rows=16 if blocks > 4 else 32, programs=twice)
 
 
 def bit_gemv(

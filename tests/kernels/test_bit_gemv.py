@@ -108,7 +108,10 @@ def test_bits_of_x(dtype, group_size, bits):
 
 
 @pytest.mark.parametrize("group_size", [128, 1024])
-@pytest.mark.parametrize(("rows", "columns"), [(64, 1024), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(64, 1024), (4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (28672, 8192)],
+)
 @pytest.mark.parametrize("bits", [12, 16])
 def test_computed_shapes_are_possible(rows, columns, group_size, bits):
     spec = layer(1, rows, group_size, columns // group_size)
