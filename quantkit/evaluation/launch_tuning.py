@@ -23,6 +23,7 @@ from quantkit.formats.grouped_int import GroupedIntSpec, unpack
 from quantkit.kernels.bit_gemv import counts_tokens
 from quantkit.kernels.gemv import MAX_GEMV_TOKENS, choose_gemv, gemv, gemv_candidates, subject
 from quantkit.kernels.launch_shapes import Row, Subject, remember
+from quantkit.kernels.mma_gemv import is_mma_weight
 from quantkit.kernels.planar import to_planar
 from quantkit.kernels.planar_product import (
     MAX_PRODUCT_TOKENS,
@@ -33,7 +34,7 @@ from quantkit.kernels.planar_product import (
 )
 
 SHAPES = ((4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (28672, 8192), (128256, 4096))
-WIDTHS = (2, 3, 4, 8)  # one bit has a kernel of its own (bit_gemv.py)
+WIDTHS = (2, 3, 4, 8)
 _FINALISTS = 4
 _FIRST_REPLAYS = 5
 _WORST = 0.02  # relative error that a right product in 16 bits never reaches
@@ -98,26 +99,30 @@ def tune(
     require_gpu("bench tune")
     if torch.cuda.is_current_stream_capturing():
         raise RequestError("launch shapes cannot be measured while a CUDA graph is captured; run bench tune before")
-    device = torch.device("cuda")
-    counted = [
-        m for m in tokens for spec in specs if isinstance(spec, GroupedIntSpec) and counts_tokens(m, spec, device)
+    subjects = [
+        (spec, m, tunable)
+        for spec in specs
+        for m, tunable in chosen
+        if isinstance(spec, GroupedIntSpec) and not _in_a_computed_shape(spec, m)
     ]
-    if counted:
-        raise RequestError(
-            f"1 bit and {counted[0]} tokens have no launch shape to choose: bit products run in a computed one"
-        )
+    if not subjects:
+        raise RequestError("nothing to choose: the tensor core's kernels for few tokens run in computed launch shapes")
     name, file, found = torch.cuda.get_device_name(), "", []
-    for spec in specs:
-        assert isinstance(spec, GroupedIntSpec)
-        for m, tunable in chosen:
-            with torch.inference_mode():
-                row, count = _fastest(tunable, spec, m)
-            file = str(remember([row], name))  # what is found is not lost with what is interrupted
-            found.append(_report(row, count))
-            if progress is not None:
-                progress(found[-1])
-            torch.cuda.empty_cache()
+    for spec, m, tunable in subjects:
+        with torch.inference_mode():
+            row, count = _fastest(tunable, spec, m)
+        file = str(remember([row], name))  # what is found is not lost with what is interrupted
+        found.append(_report(row, count))
+        if progress is not None:
+            progress(found[-1])
+        torch.cuda.empty_cache()
     return {"device": name, "file": file, "rows": found}
+
+
+def _in_a_computed_shape(spec: GroupedIntSpec, n_tokens: int) -> bool:
+    """Whether a kernel takes the product whose launch shape is not looked up."""
+    few = n_tokens <= MAX_GEMV_TOKENS and is_mma_weight(spec)
+    return few or counts_tokens(n_tokens, spec, torch.device("cuda"))
 
 
 def _tunable(tokens: int) -> Tunable:

@@ -19,6 +19,7 @@ from quantkit.kernels.bit_gemv import BitGemvConfig, bit_gemv_launch
 from quantkit.kernels.few_rows import choose_few_rows, few_rows_launch
 from quantkit.kernels.gemv import choose_gemv, gemv_launch
 from quantkit.kernels.mixed_rows import choose_mixed_rows, cut_launch, new_ready, rows_launch
+from quantkit.kernels.mma_gemv import choose_mma_gemv, mma_gemv_launch
 from quantkit.kernels.planar import to_planar
 from quantkit.kernels.planar_matmul import dequantize_launches
 from quantkit.kernels.planar_product import choose_product, prepare_launch, product_launch, workspace
@@ -99,6 +100,26 @@ def test_one_row(compile_for_sm90, bits, symmetric, programs):
     assert len(re.findall(r"LDG\.E\.EF\.128", sass)) >= wanted
     assert not re.search(r"LDG\.E\.EF(\.64|\.U?8|\.U?16)? ", sass)
     assert sass.index("LDG.E.EF.128") < sass.index("ACQBULK")  # weights are asked for before x is waited for
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (2, False), (4, True)])
+def test_one_row_on_the_tensor_core(compile_for_sm90, bits, symmetric):
+    """Words as they are loaded, one AND each, before x is waited for; room for two programs of eight warps."""
+    from quantkit.kernels.mma_gemv_triton import mma_gemv_kernel
+
+    spec, tensors = layer({bits: 32}, symmetric)
+    x, out = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(1, 192, dtype=torch.bfloat16)
+    config = choose_mma_gemv(spec, 4)
+    grid, arguments = mma_gemv_launch(x, spec, tensors, None, out, config)
+    early = {"PDL": True, "launch_pdl": True}
+    _, sass, resources = compile_for_sm90(mma_gemv_kernel, grid, arguments, ASM=True, **early)
+    assert resources["STACK"] == 0
+    assert resources["REG"] <= 128
+    loads = 4 * config.rows // 16 * bits // 2  # of a tile; the next one's are in the loop
+    assert len(re.findall(r"IMMA\.16832\.U8\.S8", sass)) == 16 * config.rows // 16
+    assert len(re.findall(r"LDG\.E\.EF\.128", sass)) == 2 * loads
+    assert not re.search(r"LDG\.E\.EF(\.64|\.U?8|\.U?16)? ", sass)
+    assert sass.index("LDG.E.EF.128") < sass.index("ACQBULK")
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -8,6 +8,7 @@ from packed_weights import random_weight
 
 from quantkit.formats.grouped_int import GroupedIntSpec, pack
 from quantkit.kernels.gemv import MAX_GEMV_TOKENS, choose_gemv, gemv_launch, has_gemv, is_possible, row_threads
+from quantkit.kernels.mma_gemv import choose_mma_gemv, is_mma_weight
 from quantkit.kernels.planar import planar_segments, to_planar
 
 
@@ -63,3 +64,18 @@ def test_misaligned_activations_are_copied():
     _, _, arguments = gemv_launch(x, weight.spec(), tensors, None, out, choose_gemv(weight.spec()))
     assert arguments["x"].data_ptr() % 16 == 0
     assert torch.equal(arguments["x"].view(torch.float16), x)
+
+
+@pytest.mark.parametrize(
+    ("bits", "columns", "group_size", "taken"),
+    [(2, 4096, 128, True), (2, 14336, 256, True), (2, 28672, 128, False), (2, 4096, 64, False), (2, 640, 128, False),
+     (3, 4096, 128, False), (4, 8192, 8192, True), (4, 14336, 128, False), (8, 4096, 128, False)],
+)  # fmt: skip
+def test_weights_for_the_tensor_core(bits, columns, group_size, taken):
+    """Widths and rows at which it is faster; planes as wide as the kernel has them."""
+    spec = layer(bits, 4096, columns, group_size)
+    assert is_mma_weight(spec) == taken
+    if taken:
+        config = choose_mma_gemv(spec)
+        assert config.rows in (16, 32)
+        assert 128 <= config.programs <= 4096 // config.rows

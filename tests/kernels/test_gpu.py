@@ -30,6 +30,7 @@ from quantkit.kernels.mixed_rows import (
     mixed_rows,
     new_ready,
 )
+from quantkit.kernels.mma_gemv import MmaGemvConfig, is_mma_weight, mma_gemv_launch
 from quantkit.kernels.planar import from_planar, to_planar
 from quantkit.kernels.planar_product import (
     ProductConfig,
@@ -65,6 +66,13 @@ def on_gpu(weight: GroupedInt) -> GroupedInt:
     )  # fmt: skip
 
 
+def one_row_error(x, weight):
+    """What the kernel that `gemv` chooses loses of x."""
+    if is_bit_weight(weight.spec()):
+        return integer_error(x, weight)
+    return pair_error(x, weight, 64) if is_mma_weight(weight.spec()) else slice_error(x, weight)
+
+
 def check(x, weight, tensors, bias=None):
     """Few tokens: float32 sums of exact products, of x in slices for one or two. More: the weight is rounded first."""
     y = matmul(x, weight.spec(), tensors, bias)
@@ -72,8 +80,7 @@ def check(x, weight, tensors, bias=None):
     product, bound = product_and_bound(x, weight, bias, unit_roundoff=TENSOR_CORE)
     if has_gemv(x, weight.spec()):
         product, bound = product_and_bound(x, weight, bias)
-        lost = integer_error(x, weight) if is_bit_weight(weight.spec()) else slice_error(x, weight)
-        bound = 1.001 * bound + lost @ dense.abs().t()
+        bound = 1.001 * bound + one_row_error(x, weight) @ dense.abs().t()
     elif has_mixed_rows(x, weight.spec()):
         product, bound = product_and_bound(x, weight, bias)
         bound = 1.001 * bound + slice_error(x, weight, chunks=True) @ dense.abs().t()
@@ -190,6 +197,31 @@ def test_one_row_inline_ptx_equals_triton_operations_bit_for_bit(bits, symmetric
             getattr(gemv_triton, name)[grid](**arguments, ASM=asm)
             results.append(out)
         assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_one_row_on_the_tensor_core_bit_for_bit(bits, symmetric):
+    """Inline PTX and Triton operations, in every shape of launch: the same numbers."""
+    from quantkit.kernels.mma_gemv_triton import mma_gemv_kernel
+
+    for columns in (4096, 5120):
+        weight = on_gpu(random_weight(bits, 1000, 128, (bits,) * (columns // 128), symmetric))
+        spec, tensors = weight.spec(), to_planar(weight.spec(), pack(weight))
+        for dtype in HALVES:
+            x = activations(0, 2, columns, dtype=dtype).cuda()
+            results = []
+            for asm, rows, programs in ((True, 16, 5), (True, 32, 40), (False, 16, 30)):
+                out = torch.full((2, 1000), float("nan"), device="cuda")
+                config = MmaGemvConfig(warps=8, rows=rows, programs=programs)
+                grid, arguments = mma_gemv_launch(x, spec, tensors, None, out, config)
+                mma_gemv_kernel[grid](**arguments, ASM=asm)
+                results.append(out)
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+            product, bound = product_and_bound(x, weight)
+            bound = 1.001 * bound + one_row_error(x, weight) @ weight.dequantize().double().abs().t()
+            assert ((results[0].double() - product).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

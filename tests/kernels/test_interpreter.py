@@ -17,6 +17,7 @@ FILES = [
     "mixed_rows_interpreter_cases.py",
     "few_rows_interpreter_cases.py",
     "bit_interpreter_cases.py",
+    "mma_gemv_interpreter_cases.py",
     "sign_rows_interpreter_cases.py",
     "sign_product_interpreter_cases.py",
     "interpreter_sign_cases.py",
