@@ -125,7 +125,7 @@ def test_mixed_widths(bits, group_size):
     weight = on_gpu(random_weight(1, 500, group_size, bits))
     tensors = to_planar(weight.spec(), pack(weight))
     for dtype in HALVES:
-        for m in (1, 2, 8, 40, 100):
+        for m in (1, 2, 8, 100):
             check(activations(m, m, group_size * len(bits), dtype=dtype).cuda(), weight, tensors)
 
 
@@ -336,10 +336,11 @@ def test_few_rows(bits, warps, splits, symmetric):
         product, bound = product_and_bound(x, weight)
         bound = 1.001 * bound + pair_error(x, weight, 32 * loads) @ weight.dequantize().double().abs().t()
         assert ((y.double() - product).abs() <= bound + rounding(product, torch.float32)).all()
-        plain = torch.full_like(y, float("nan"))
-        grid, arguments = few_rows_launch(x, spec, tensors, None, plain, config)
-        few_rows_kernel[grid](**arguments, ASM=False)
-        assert torch.equal(y, plain)
+        if m == 5:  # without PTX these kernels take long to compile
+            plain = torch.full_like(y, float("nan"))
+            grid, arguments = few_rows_launch(x, spec, tensors, None, plain, config)
+            few_rows_kernel[grid](**arguments, ASM=False)
+            assert torch.equal(y, plain)
     assert not tensors["counters"].any()
 
 
@@ -387,10 +388,7 @@ def test_bit_products(group_size, n_groups, symmetric, dtype):
     "config",
     [
         BitGemvConfig(rows=16, registers=128),
-        BitGemvConfig(rows=64, registers=128),
-        BitGemvConfig(rows=16, programs=7, ahead=1, registers=128),
-        BitGemvConfig(rows=16, programs=3, ahead=3),
-        BitGemvConfig(rows=32, programs=3, ahead=2),
+        BitGemvConfig(rows=32, programs=3, ahead=1),
         BitGemvConfig(rows=16, programs=1, ahead=1, tokens=4, each=2),
     ],
 )
