@@ -24,6 +24,7 @@ _WARP_WORDS = 32  # 1024 columns
 _MAX_WARPS = 16
 _MOST_ROWS = 32  # of a program
 _FEW_ROWS, _SHORT_ROW = 4096, 96  # rows, and words of 16 bits, below which programs of 16 rows are faster
+_FEW_WARPS = 4  # likewise where columns have scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +55,11 @@ def _blocks(spec: GroupedIntSpec) -> int:
     return -(-planar_segments(spec)[0].row_words // (2 * _WARP_WORDS))
 
 
-def choose_sign_product(spec: GroupedIntSpec) -> SignProductConfig:
-    """The launch shape for a weight, as measured on an H200 (docs/log.md)."""
-    blocks = _blocks(spec)
+def choose_sign_product(spec: GroupedIntSpec, scaled: bool) -> SignProductConfig:
+    """The launch shape for a weight whose columns are ``scaled`` or not, as measured on an H200 (docs/log.md)."""
+    warps = min(_MAX_WARPS, 1 << (_blocks(spec) - 1).bit_length())
     few = spec.out_features <= _FEW_ROWS and planar_segments(spec)[0].row_words <= _SHORT_ROW
-    return SignProductConfig(tiles=1 if few else 2, warps=min(_MAX_WARPS, 1 << (blocks - 1).bit_length()))
+    return SignProductConfig(tiles=1 if few or (scaled and warps <= _FEW_WARPS) else 2, warps=warps)
 
 
 def sign_product(
@@ -86,7 +87,7 @@ def sign_product(
     Returns:
         The product, and x + update of a norm (otherwise x).
     """
-    config = choose_sign_product(spec)
+    config = choose_sign_product(spec, columns is not None)
     out = torch.empty(len(source.x), spec.out_features, dtype=dtype, device=words.device)
     residual = source.x if source.update is None else torch.empty_like(source.x)
     grid, arguments = product_launch(source, spec, words, scales, columns, bias, out, residual, config, starts)

@@ -22,7 +22,8 @@ from quantkit.kernels.ready_row import SignParts
 MAX_COPIES = 3
 COPY_ROWS = 32  # of a program, at most
 _WIDTHS = (1, 2, 4, 8)
-_MANY_ROWS = 8192  # from which programs of 16 rows keep a device busy
+_MANY_ROWS = 64 * 132  # a program of 64 rows for each multiprocessor; two fit
+_MAX_WARPS = 16
 
 Tensors = dict[str, Tensor]
 
@@ -33,7 +34,6 @@ class SignRowsConfig:
 
     tiles: int
     warps: int
-    max_registers: int | None = None
 
 
 def has_sign_rows(parts: SignParts, starts: Sequence[int] = ()) -> bool:
@@ -45,16 +45,13 @@ def has_sign_rows(parts: SignParts, starts: Sequence[int] = ()) -> bool:
     return fits and is_paired(parts.integers) and len(segments) == 1 and segments[0].bits in _WIDTHS
 
 
-def choose_sign_rows(parts: SignParts) -> SignRowsConfig:
+def choose_sign_rows(parts: SignParts, starts: Sequence[int] = ()) -> SignRowsConfig:
     """The launch shape for weights, as measured on an H200 (docs/log.md)."""
-    blocks = 1 << (parts.blocks - 1).bit_length()
-    if parts.integers is None:  # a warp for each block of columns
-        return SignRowsConfig(tiles=1, warps=min(16, max(2, blocks)))
-    if blocks > 8:
-        return SignRowsConfig(tiles=1, warps=8)
-    if blocks > 4 or parts.signs.out_features < _MANY_ROWS:
-        return SignRowsConfig(tiles=2 if blocks > 4 else 1, warps=4)
-    return SignRowsConfig(tiles=2, warps=4, max_registers=128)  # four programs for each multiprocessor
+    warps = min(_MAX_WARPS, 1 << (parts.blocks - 1).bit_length())  # one for each block of columns
+    if parts.integers is None:
+        return SignRowsConfig(tiles=1, warps=max(2, warps))
+    one_wave = _MANY_ROWS < parts.signs.out_features <= 2 * _MANY_ROWS and not any(start % 64 for start in starts)
+    return SignRowsConfig(tiles=4 if one_wave and warps <= 4 else 2, warps=max(4, warps))
 
 
 def sign_rows(
@@ -80,7 +77,7 @@ def sign_rows(
             of 1024 columns with signs, or of some 32 that are multiplied by integers.
         starts: first rows of the second copy and the third.
     """
-    config = choose_sign_rows(parts)
+    config = choose_sign_rows(parts, starts)
     grid, arguments = rows_launch(ready, numbers, parts, signs, integers, bias, out, starts, config)
     with torch.cuda.device(out.device):
         sign_rows_kernels().sign_rows_kernel[grid](**arguments, ASM=True, **early_launch(out.device))
@@ -124,7 +121,6 @@ def rows_launch(
         "TILES": config.tiles,
         "WARPS": config.warps,
         "num_warps": config.warps,
-        "maxnreg": config.max_registers,
         "enable_fp_fusion": True,
     }
     return (-(-n_rows // (16 * config.tiles)),), arguments

@@ -99,6 +99,7 @@ def test_signs_alone(columns, symmetric):
     [
         SignRowsConfig(tiles=2, warps=2),
         SignRowsConfig(tiles=1, warps=4),
+        SignRowsConfig(tiles=4, warps=4),
     ],
 )
 def test_launch_shapes(config):

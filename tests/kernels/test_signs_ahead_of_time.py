@@ -33,7 +33,7 @@ def planar_zeros(spec):
     return tensors if spec.symmetric else tensors | {"planar_zeros": zeros}
 
 
-@pytest.mark.parametrize(("out_features", "in_features"), [(16384, 4096), (192, 8192), (192, 14336)])
+@pytest.mark.parametrize(("out_features", "in_features"), [(16384, 4096), (192, 4096), (192, 8192), (192, 14336)])
 def test_signs_beside_integers(compile_for_sm90, out_features, in_features):
     """All words of a program's rows are asked for before x is waited for, sixteen bytes at a time."""
     from quantkit.kernels.ready_row_triton import ready_kernel
@@ -58,7 +58,7 @@ def test_signs_beside_integers(compile_for_sm90, out_features, in_features):
     signs = {"words": held["planar"], "scales": held["planar_scales"][0], "means": held["planar_scales"][0]}
     grid, arguments = rows_launch(*ready, parts, signs, planar_zeros(spec.salient), None, out, (), config)
     _, sass, resources = compile_for_sm90(sign_rows_kernel, grid, arguments, ASM=True, **EARLY)
-    assert resources["STACK"] <= (16 if config.max_registers else 0)  # bytes; more programs are worth a spill
+    assert resources["STACK"] == 0
     assert "BMMA.168256.AND.POPC" in sass
     assert "IMMA.16832.U8.S8" in sass
     asked = len(re.findall(r"LDG\.E\.EF\.128", sass.split("ACQBULK")[0]))
@@ -91,7 +91,7 @@ def test_signs_that_make_their_row_ready(compile_for_sm90, kind, in_features, pa
     source = Source(x=x, kind=kind, update=x.clone() if kind == "norm" else None, weight=x[0])
     columns = torch.zeros(2, in_features, dtype=torch.float16) if paths == 1 else None
     scales, out = torch.zeros(paths, 14336), torch.zeros(1, 14336, dtype=torch.bfloat16)
-    config = choose_sign_product(spec)
+    config = choose_sign_product(spec, columns is not None)
     words = planar_zeros(spec)["planar"]
     grid, arguments = product_launch(source, spec, words, scales, columns, None, out, x, config)
     _, sass, resources = compile_for_sm90(sign_product_kernel, grid, arguments, ASM=True, **EARLY)
