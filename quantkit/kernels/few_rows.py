@@ -14,7 +14,9 @@ from quantkit.kernels.launch import counts_bits, early_launch
 from quantkit.kernels.planar import ROW_TILE, PlanarSegment, is_paired, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
-MIN_FEW_ROWS, MAX_FEW_ROWS = 3, 8
+MAX_FEW_ROWS = 8
+_LEAST = {1: 5, 2: 3, 4: 2}  # rows of x from which the kernel is faster than `gemv`, by bits
+_SMALL = 1 << 25  # weights of 2 bits from which `planar_product` is faster
 _LOAD_WORDS = 32  # of a row, in one load of a warp
 _MAX_WARPS = 16
 _MAX_STEPS = 16  # tiles of a program, whose sums it adds at the end
@@ -28,21 +30,23 @@ class FewRowsConfig:
     warps: int  # side by side along a row
     loads: int  # of 32 words each of a row, per warp
     tiles: int  # of 8 rows, which a program takes at once
-    ahead: int = 2  # how many such tiles are asked for before they are loaded
     programs: int = 132  # that share the tiles
     splits: int = 1  # that share a row
 
 
 def has_few_rows(x: Tensor, spec: GroupedIntSpec) -> bool:
-    """Whether `few_rows` is the choice for ``x`` [m, in]: a program reaches the end of a row, and of its tiles soon."""
-    few = MIN_FEW_ROWS <= len(x) <= MAX_FEW_ROWS and x.dtype in _HALF_TYPES
-    return few and is_few_rows_weight(spec) and _is_small(spec) and counts_bits(x.device)
+    """Whether `few_rows` is the choice for ``x`` [m, in]."""
+    few = x.dtype in _HALF_TYPES and len(x) <= MAX_FEW_ROWS and is_few_rows_weight(spec)
+    return few and len(x) >= _least_rows(spec) and counts_bits(x.device)
 
 
 @lru_cache(maxsize=1024)
-def _is_small(spec: GroupedIntSpec) -> bool:
-    config = choose_few_rows(spec)
-    return config.splits == 1 and spec.out_features <= 8 * config.tiles * config.programs * _MAX_STEPS
+def _least_rows(spec: GroupedIntSpec) -> int:
+    """Only where a program reaches the end of a row, and soon that of its tiles, the kernel wins at all."""
+    config, bits = choose_few_rows(spec), planar_segments(spec)[0].bits
+    soon = spec.out_features <= 8 * config.tiles * config.programs * _MAX_STEPS
+    small = bits != 2 or spec.out_features * spec.in_features <= _SMALL
+    return _LEAST.get(bits, MAX_FEW_ROWS + 1) if config.splits == 1 and soon and small else MAX_FEW_ROWS + 1
 
 
 @lru_cache(maxsize=1024)
@@ -169,7 +173,6 @@ def few_rows_launch(
         "TOKEN_TILES": token_tiles,
         "LOADS": config.loads,
         "TILES": config.tiles,
-        "AHEAD": config.ahead,
         "SPLITS": config.splits,
         "STEPS": steps,
         "WARPS": config.warps,

@@ -39,7 +39,6 @@ from quantkit.kernels.byte_products_triton import (
     signed_byte,
     stacked,
 )
-from quantkit.kernels.planar_product_triton import ask_for
 
 
 @triton.constexpr_function
@@ -176,15 +175,6 @@ def _load_tile(
 
 
 @triton.jit
-def _ask_for_rows(words, first_row, n_rows, place, stride, TILES: tl.constexpr, ASM: tl.constexpr):
-    """Have the words of TILES times 8 rows brought into the L2 cache; of the last rows where there are none."""
-    if ASM:
-        row = (tl.arange(0, place.shape[0]) % 8).to(tl.int64)
-        for tile in tl.static_range(TILES):
-            ask_for(words + (tl.minimum(first_row, n_rows - 8 * TILES) + 8 * tile + row) * stride + place)
-
-
-@triton.jit
 def _row_factor(two_rows, ROW: tl.constexpr):
     """One row's number of two that were loaded as one: float16 of an int32, or a byte of an int16."""
     if two_rows.dtype == tl.int32:
@@ -227,7 +217,7 @@ def few_rows_kernel(
     x, words, scales, zeros, bias, y, partial, counters, n_tokens, n_rows, n_columns, bias_stride, stride2, stride16,
     n_units, n_planes, n_tiles, BITS: tl.constexpr, WIDTH: tl.constexpr, RAGGED: tl.constexpr, ZERO: tl.constexpr,
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr, TOKEN_TILES: tl.constexpr, LOADS: tl.constexpr,
-    TILES: tl.constexpr, AHEAD: tl.constexpr, SPLITS: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr,
+    TILES: tl.constexpr, SPLITS: tl.constexpr, STEPS: tl.constexpr, WARPS: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """y [n_tokens, n_rows] = x [n_tokens, n_columns] @ weight^T + bias. Grid (programs, SPLITS).
@@ -241,8 +231,7 @@ def few_rows_kernel(
         stride16: words of a row / 16.
         n_units: of a row, of LOADS times 16 int32 words each, as a warp takes one.
         n_planes: that hold columns. ZERO: of every group, or None.
-        n_tiles: of TILES times 8 rows. Tile i + programs follows tile i;
-            AHEAD tiles are asked for before they are loaded.
+        n_tiles: of TILES times 8 rows. Tile i + programs follows tile i.
         STEPS: at least the number of tiles of a program, a power of two.
     """
     if PDL:
@@ -252,16 +241,11 @@ def few_rows_kernel(
     shared = (n_units + SPLITS - 1) // SPLITS
     mine_units = tl.minimum(shared, n_units - tl.program_id(1) * shared)
     place = (tl.program_id(1) * shared + lane // 8) * (16 * LOADS)
-    asked = tl.minimum(place, (n_units - 1) * (16 * LOADS))
     stride = stride16.to(tl.int64) * 8
     loaded = _load_tile(
         words, scales, zeros, tile * (8 * TILES), lane // 8 < mine_units, place, stride, stride2, BITS, WIDTH, GROUP,
         ZERO, LOADS, TILES,
     )  # fmt: skip
-    for step in tl.static_range(1, AHEAD + 1):
-        _ask_for_rows(
-            words, (tile + step * tl.num_programs(0)) * (8 * TILES), n_tiles * (8 * TILES), asked, stride, TILES, ASM
-        )
     if PDL:  # weights are on their way; x may not be there yet
         gdc_wait()
     prepared = ()
@@ -281,9 +265,6 @@ def few_rows_kernel(
     while tile < n_tiles:
         now = loaded
         tile += tl.num_programs(0)
-        later = tile + AHEAD * tl.num_programs(0)
-        if AHEAD > 0:
-            _ask_for_rows(words, later * (8 * TILES), n_tiles * (8 * TILES), asked, stride, TILES, ASM)
         loaded = _load_tile(
             words, scales, zeros, tile * (8 * TILES), lane // 8 < tl.where(tile < n_tiles, mine_units, 0), place,
             stride, stride2, BITS, WIDTH, GROUP, ZERO, LOADS, TILES,

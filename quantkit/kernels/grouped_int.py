@@ -46,7 +46,7 @@ def matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], bias: Te
         ``[..., out_features]`` in ``x.dtype``; sums are float32. Stored tensors are multiplied by the torch twin on any
         device, with float32 products, or on a CPU, for many rows of bfloat16, with the weight rounded to bfloat16.
         Planar tensors on a GPU are multiplied by Triton kernels: for few rows of x products with x in 16 (one bit: 12)
-        bits relative to its largest neighbours (gemv.py, mixed_rows.py, few_rows.py), up to 64 or 128 rows exact
+        bits relative to its largest neighbours (gemv.py, mixed_rows.py, few_rows.py), up to 64 to 256 rows exact
         products of half precision activations (planar_product.py, wide_product.py), and above (or in float32) products
         with the weight rounded to the dtype of x.
 
@@ -111,12 +111,12 @@ def planar_matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], b
     """``[m, in]`` to ``[m, out]`` in the dtype of x, on a GPU, from the tensors of `to_planar`."""
     if len(x) == 0:
         return x.new_empty(0, spec.out_features)
+    if has_few_rows(x, spec):
+        return few_rows(x, spec, tensors, bias)
     if has_gemv(x, spec):
         return gemv(x, spec, tensors, bias)
     if has_mixed_rows(x, spec):
         return mixed_rows(x, spec, tensors, bias)
-    if has_few_rows(x, spec):
-        return few_rows(x, spec, tensors, bias)
     if has_wide_product(x, spec):
         return wide_product(x.contiguous(), spec, tensors, bias)
     if has_planar_product(x, spec):

@@ -198,7 +198,7 @@ PREFETCHED = tl.constexpr(2)  # blocks of words that are asked for before x is w
 
 
 @triton.jit
-def ask_for(pointers):
+def _prefetch(pointers):
     """Ask for what lies there to be brought into the L2 cache."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0,0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
@@ -236,10 +236,10 @@ def product_kernel(
             step = WIDTHS[index] * (3 if BITS[index] == 3 else 1)
             starts = words + offset16.to(tl.int64) * 16 + rows.to(tl.int64) * (stride16 * 16)
             for line in tl.static_range(PREFETCHED):
-                ask_for(starts + tl.minimum(split * per_split + line, n_blocks - 1) * step)
+                _prefetch(starts + tl.minimum(split * per_split + line, n_blocks - 1) * step)
             group = (split * per_split * columns) // GROUP + tl.arange(0, 64)
             last = tl.minimum((split + 1) * per_split, n_blocks) * columns - 1
-            ask_for(scales + (first_group + tl.minimum(group, last // GROUP)) * scale_stride + row_tile * ROWS)
+            _prefetch(scales + (first_group + tl.minimum(group, last // GROUP)) * scale_stride + row_tile * ROWS)
     if PDL:
         gdc_wait()
     tokens = token_tile * TOKENS + tl.arange(0, TOKENS)

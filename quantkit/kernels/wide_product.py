@@ -6,7 +6,7 @@ counters are as there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,9 @@ from quantkit.kernels.planar import padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 from quantkit.kernels.planar_product import Prepared, ProductConfig, blocks_per_split, prepare_launch, workspace
 
-MIN_WIDE_TOKENS, MAX_WIDE_TOKENS = 17, 128
+MAX_WIDE_TOKENS = 256
+_LEAST, _LEAST_SMALL = 17, 9  # rows of x from which the kernel is faster than `planar_product`
+_SMALL = 1 << 25  # weights
 _WIDTH = 64  # columns of a plane: what a row of a tile in shared memory has
 _UNROLLED_CHAINS = 4  # between two pauses of the tensor core; more take registers
 _SHARED_MEMORY = 232448  # bytes that a program of an H100 or H200 may have
@@ -30,7 +32,6 @@ class WideConfig:
     """Shape of one launch of `wide_product_kernel`."""
 
     rows: int  # of the weight that a program multiplies at once, 16 for each of its warps: 64 or 128
-    halves: int  # how many times so many rows, in turns
     tokens: int  # columns of x per program
     distance: int  # chains of products that are loaded ahead
     splits: int = 1  # programs that share a row tile
@@ -39,7 +40,8 @@ class WideConfig:
 
 def has_wide_product(x: Tensor, spec: GroupedIntSpec) -> bool:
     """Whether `wide_product` is the choice for ``x`` [m, in]."""
-    many = MIN_WIDE_TOKENS <= len(x) <= MAX_WIDE_TOKENS and x.dtype in (torch.float16, torch.bfloat16)
+    least = _LEAST_SMALL if spec.out_features * spec.in_features <= _SMALL else _LEAST
+    many = least <= len(x) <= MAX_WIDE_TOKENS and x.dtype in (torch.float16, torch.bfloat16)
     return many and is_wide_weight(spec) and multiplies_asynchronously(x.device)
 
 
@@ -54,8 +56,8 @@ def is_wide_weight(spec: GroupedIntSpec) -> bool:
 
 def is_possible(config: WideConfig, spec: GroupedIntSpec) -> bool:
     """Whether the kernel can run in this shape."""
-    known = config.rows in (64, 128) and config.halves in (1, 2) and config.tokens in (16, 32, 64)
-    whole = padded_rows(spec) % (config.rows * config.halves) == 0
+    known = config.rows in (64, 128) and config.tokens in (16, 32, 64, 128)
+    whole = padded_rows(spec) % config.rows == 0
     return known and whole and shared_memory(config, spec) <= _SHARED_MEMORY
 
 
@@ -64,8 +66,8 @@ def shared_memory(config: WideConfig, spec: GroupedIntSpec) -> int:
     (segment,) = planar_segments(spec)
     chains = segment.planes_per_block // 2
     x = (config.distance + 2) * config.tokens * 4 * _WIDTH
-    words = (-(-config.distance // chains) + 1) * config.halves * config.rows * 2 * _WIDTH
-    lines = _groups(config, spec) * config.halves * config.rows
+    words = (-(-config.distance // chains) + 1) * config.rows * 2 * _WIDTH
+    lines = _groups(config, spec) * config.rows
     return x + words + lines * (2 if constant_zero(spec, segment) is not None else 3)
 
 
@@ -75,19 +77,20 @@ def choose_wide(n_tokens: int, spec: GroupedIntSpec, multiprocessors: int = 132)
     One or two programs for each multiprocessor; what was measured: docs/results.md.
     """
     (segment,) = planar_segments(spec)
-    chains, tiles = segment.planes_per_block // 2, -(-n_tokens // 64)
-    rows = 128 if tiles > 1 and padded_rows(spec) % 128 == 0 else 64
-    programs = padded_rows(spec) // rows * tiles
+    rows = 128 if n_tokens > 64 and padded_rows(spec) % 128 == 0 else 64
+    tokens = next((most for most in (16, 32, 64) if n_tokens <= most), 64)
+    if n_tokens > 64 and padded_rows(spec) // rows * -(-n_tokens // 128) > multiprocessors * 3 // 4:
+        tokens = 128
+    programs = padded_rows(spec) // rows * -(-n_tokens // tokens)
     wanted = multiprocessors * (2 if n_tokens <= 32 else 1)
     splits = min(max(1, round(wanted / programs)), segment.n_blocks)
-    return WideConfig(
-        rows=rows,
-        halves=1,
-        tokens=32 if n_tokens <= 32 else 64,
-        distance=2 if rows == 64 and n_tokens > 32 and programs > multiprocessors else 4,
-        splits=splits,
-        unroll=max(1, _UNROLLED_CHAINS // chains),
-    )
+    few = tokens == 128 or (tokens == 64 and rows == 64 and programs > multiprocessors)  # shared memory is for others
+    unroll = 1 if tokens == 128 else max(1, _UNROLLED_CHAINS // (segment.planes_per_block // 2))
+    distance = 2 if few else 4
+    config = WideConfig(rows=rows, tokens=tokens, distance=distance, splits=splits, unroll=unroll)
+    while shared_memory(config, spec) > _SHARED_MEMORY:  # scales of a long row
+        config = replace(config, splits=config.splits + 1)
+    return config
 
 
 def _groups(config: WideConfig, spec: GroupedIntSpec) -> int:
@@ -145,7 +148,7 @@ def wide_launch(
     assert is_possible(config, spec)
     (segment,) = planar_segments(spec)
     (per_split,), n_splits = blocks_per_split(spec, config.splits)
-    rows = config.rows * config.halves
+    rows = config.rows
     grid = (padded_rows(spec) // rows, n_splits, -(-len(out) // config.tokens))
     partial = out
     if n_splits > 1:
@@ -179,7 +182,6 @@ def wide_launch(
         "HAS_BIAS": bias is not None,
         "SPLITS": n_splits,
         "ROWS": config.rows,
-        "HALVES": config.halves,
         "TOKENS": config.tokens,
         "DISTANCE": config.distance,
         "UNROLL": next(n for n in (config.unroll, 2, 1) if segment.n_blocks % n == per_split % n == 0),

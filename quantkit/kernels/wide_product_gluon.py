@@ -9,7 +9,7 @@ float16 subnormal, exactly, after one AND and one subtraction, so no sums of x a
 There is no interpreter for Gluon: what runs without a GPU is the compiler (tests/kernels/test_ahead_of_time.py).
 """
 
-# ruff: noqa: RUF005 - tuples are built by addition: Triton does not unpack
+
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return, assignment, misc"
 # mypy: disable-error-code="var-annotated"
 
@@ -50,27 +50,19 @@ def _operand(packed, zeros, BITS: gl.constexpr, FIELD: gl.constexpr, ZERO: gl.co
 
 @gluon.jit
 def _lines(
-    numbers,
-    first_group,
-    last_group,
-    stride,
-    first_row,
-    LINES: gl.constexpr,
-    ROWS: gl.constexpr,
-    HALVES: gl.constexpr,
-    WARPS: gl.constexpr,
+    numbers, first_group, last_group, stride, first_row, GROUPS: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr
 ):
-    """Scales or zeros of the rows of a program, [groups * HALVES, ROWS], on their way to shared memory."""
+    """Scales or zeros of the rows of a program, [GROUPS, ROWS], on their way to shared memory."""
     shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [WARPS], [0])
-    lines = gl.allocate_shared_memory(numbers.dtype.element_ty, [LINES * ROWS], shared)
-    index = gl.arange(0, LINES * ROWS, layout)
-    group = gl.minimum(first_group + index // (HALVES * ROWS), last_group)
-    copy_to_shared(lines, numbers + group * stride + first_row + index % (HALVES * ROWS))
+    lines = gl.allocate_shared_memory(numbers.dtype.element_ty, [GROUPS * ROWS], shared)
+    index = gl.arange(0, GROUPS * ROWS, layout)
+    group = gl.minimum(first_group + index // ROWS, last_group)
+    copy_to_shared(lines, numbers + group * stride + first_row + index % ROWS)
     if REINTERPRET:
-        return lines.reinterpret(numbers.dtype.element_ty, [LINES, ROWS], shared)
+        return lines.reinterpret(numbers.dtype.element_ty, [GROUPS, ROWS], shared)
     else:
-        return lines._reinterpret(numbers.dtype.element_ty, [LINES, ROWS], shared)
+        return lines._reinterpret(numbers.dtype.element_ty, [GROUPS, ROWS], shared)
 
 
 @gluon.jit
@@ -84,22 +76,11 @@ def _copy_tile(buffer, rows, column, ROWS: gl.constexpr, COLUMNS: gl.constexpr, 
 
 
 @gluon.jit
-def _added(sums, HALF: gl.constexpr, more, HALVES: gl.constexpr):
-    """``more`` added to one of a tuple."""
-    if HALVES == 1:
-        return (sums[0] + more,)
-    elif HALF == 0:
-        return sums[0] + more, sums[1]
-    else:
-        return sums[0], sums[1] + more
-
-
-@gluon.jit
 def wide_product_kernel(
     x, words, scales, zeros, factors, bias, y, partial, counters, n_tokens, n_rows, n_prepared, scale_stride,
     bias_stride, stride16, n_blocks, per_split, BITS: gl.constexpr, WIDTH: gl.constexpr, ZERO: gl.constexpr,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, HAS_BIAS: gl.constexpr, SPLITS: gl.constexpr, ROWS: gl.constexpr,
-    HALVES: gl.constexpr, TOKENS: gl.constexpr, DISTANCE: gl.constexpr, UNROLL: gl.constexpr,
+    TOKENS: gl.constexpr, DISTANCE: gl.constexpr, UNROLL: gl.constexpr,
     WARPS: gl.constexpr, PDL: gl.constexpr = False,
 ):  # fmt: skip
     """y [n_tokens, n_rows] of what `prepare_kernel` made of x. Grid (row tiles, SPLITS, token tiles).
@@ -107,7 +88,7 @@ def wide_product_kernel(
     Args:
         stride16: words of a row / 16; n_blocks: of a row, of which a program takes per_split.
         bias_stride: 0, or n_rows where each token has its own.
-        partial: float32 [token tiles, row tiles, SPLITS, HALVES, ROWS, TOKENS], any content; counters: zeros before and
+        partial: float32 [token tiles, row tiles, SPLITS, ROWS, TOKENS], any content; counters: zeros before and
             after. The last program to arrive adds the sums of all in a fixed order.
         ZERO: of every group, or None: zeros are uint8 like the scales.
         GROUPS: at least the groups of a program, a power of two.
@@ -124,26 +105,24 @@ def wide_product_kernel(
     row_tile = gl.program_id(0)
     split = gl.program_id(1)
     token_tile = gl.program_id(2)
-    first_row = row_tile * (ROWS * HALVES)
+    first_row = row_tile * ROWS
     row_words = stride16 * 16
     first_block = split * per_split
     last_block = gl.minimum(first_block + per_split, n_blocks)
     n_chains = (last_block - first_block) * CHAINS
     x_tiles = gl.allocate_shared_memory(gl.float16, [X_SLOTS, TOKENS, 2 * WIDTH], tile_layout)
-    word_tiles = gl.allocate_shared_memory(gl.int16, [WORD_SLOTS, HALVES * ROWS, WIDTH], tile_layout)
+    word_tiles = gl.allocate_shared_memory(gl.int16, [WORD_SLOTS, ROWS, WIDTH], tile_layout)
     first_group = first_block * (2 * CHAINS * WIDTH) // GROUP
     last_group = (last_block * (2 * CHAINS * WIDTH) - 1) // GROUP
-    held_scales = _lines(scales, first_group, last_group, scale_stride, first_row, GROUPS * HALVES, ROWS, HALVES, WARPS)
+    held_scales = _lines(scales, first_group, last_group, scale_stride, first_row, GROUPS, ROWS, WARPS)
     if ZERO is None:
-        held_zeros = _lines(
-            zeros, first_group, last_group, scale_stride, first_row, GROUPS * HALVES, ROWS, HALVES, WARPS
-        )
+        held_zeros = _lines(zeros, first_group, last_group, scale_stride, first_row, GROUPS, ROWS, WARPS)
     x_layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0]))
     word_layout: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0]))
-    word_rows = words + (first_row + gl.arange(0, HALVES * ROWS, word_layout)).to(gl.int64) * row_words
+    word_rows = words + (first_row + gl.arange(0, ROWS, word_layout)).to(gl.int64) * row_words
     for chain in gl.static_range(0, DISTANCE, CHAINS):
         early = gl.minimum(first_block + chain // CHAINS, n_blocks - 1)
-        _copy_tile(word_tiles.index(chain // CHAINS), word_rows, early * WIDTH, HALVES * ROWS, WIDTH, WARPS)
+        _copy_tile(word_tiles.index(chain // CHAINS), word_rows, early * WIDTH, ROWS, WIDTH, WARPS)
     if PDL:
         gdc_wait()
     first_token = token_tile * TOKENS
@@ -154,9 +133,7 @@ def wide_product_kernel(
         column = (start + gl.minimum(chain, n_chains - 1)) * (2 * WIDTH)
         _copy_tile(x_tiles.index(chain), x_rows, column, TOKENS, 2 * WIDTH, WARPS)
         async_copy.commit_group()
-    acc = ()
-    for _half in gl.static_range(HALVES):
-        acc = acc + (gl.zeros([ROWS, TOKENS], gl.float32, mma),)
+    acc = gl.zeros([ROWS, TOKENS], gl.float32, mma)
     zero = gl.zeros([ROWS, TOKENS], gl.float32, mma)
     for base in range(first_block, last_block, UNROLL):
         now = (base - first_block) * CHAINS
@@ -172,38 +149,40 @@ def wide_product_kernel(
                 )
                 if (chain + DISTANCE) % CHAINS == 0:
                     tile = word_tiles.index(ahead // CHAINS % WORD_SLOTS)
-                    _copy_tile(tile, word_rows, (first_block + ahead // CHAINS) * WIDTH, HALVES * ROWS, WIDTH, WARPS)
+                    _copy_tile(tile, word_rows, (first_block + ahead // CHAINS) * WIDTH, ROWS, WIDTH, WARPS)
             async_copy.commit_group()
             slot = (now + chain) % X_SLOTS
             its_group = ((start + now + chain) * (2 * WIDTH)) // GROUP - first_group
             columns = x_tiles.index(slot).permute((1, 0))
             word_tile = word_tiles.index((now + chain) // CHAINS % WORD_SLOTS)
-            for half in gl.static_range(HALVES):
-                packed = word_tile.slice(half * ROWS, ROWS, 0).load(operand)
-                offset = 0
-                if ZERO is None:
-                    offset = held_zeros.index(its_group * HALVES + half).load(gl.SliceLayout(1, operand))
-                first = _operand(packed, offset, BITS, 2 * (chain % CHAINS), ZERO)
-                product = warpgroup_mma(first, columns.slice(0, WIDTH, 0), zero, use_acc=False, is_async=True)
-                second = _operand(packed, offset, BITS, 2 * (chain % CHAINS) + 1, ZERO)
-                product = warpgroup_mma(second, columns.slice(WIDTH, WIDTH, 0), product, is_async=True)
-                scale = held_scales.index(its_group * HALVES + half).load(gl.SliceLayout(1, mma)).to(gl.float32)
-                scale = scale * (2.0 ** (24 - chain % CHAINS * BITS))
-                if len(pending) > 0:
-                    done = warpgroup_mma_wait(2, deps=[pending[0], pending[2], pending[3]])[0]
-                    acc = _added(acc, (half + HALVES - 1) % HALVES, pending[1][:, None] * done, HALVES)
-                pending = (product, scale, first, second)
-        done = warpgroup_mma_wait(0, deps=[pending[0], pending[2], pending[3]])[0]
-        acc = _added(acc, HALVES - 1, pending[1][:, None] * done, HALVES)
+            packed = word_tile.load(operand)
+            offset = 0
+            if ZERO is None:
+                offset = held_zeros.index(its_group).load(gl.SliceLayout(1, operand))
+            first = _operand(packed, offset, BITS, 2 * (chain % CHAINS), ZERO)
+            product = warpgroup_mma(first, columns.slice(0, WIDTH, 0), zero, use_acc=False, is_async=True)
+            second = _operand(packed, offset, BITS, 2 * (chain % CHAINS) + 1, ZERO)
+            product = warpgroup_mma(second, columns.slice(WIDTH, WIDTH, 0), product, is_async=True)
+            scale = held_scales.index(its_group).load(gl.SliceLayout(1, mma)).to(gl.float32)
+            scale = scale * (2.0 ** (24 - chain % CHAINS * BITS))
+            if TOKENS > 64:  # registers are for one product
+                done = warpgroup_mma_wait(0, deps=[product, first, second])[0]
+                acc += scale[:, None] * done
+            elif len(pending) > 0:
+                done = warpgroup_mma_wait(2, deps=[pending[0], pending[2], pending[3]])[0]
+                acc += pending[1][:, None] * done
+            pending = (product, scale, first, second)
+        if TOKENS <= 64:
+            done = warpgroup_mma_wait(0, deps=[pending[0], pending[2], pending[3]])[0]
+            acc += pending[1][:, None] * done
     async_copy.wait_group(0)
     its_row = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
     its_token = gl.arange(0, TOKENS, gl.SliceLayout(0, mma))
     last = True
     if SPLITS > 1:
-        mine = partial + ((token_tile * gl.num_programs(0) + row_tile) * SPLITS).to(gl.int64) * (HALVES * ROWS * TOKENS)
+        mine = partial + ((token_tile * gl.num_programs(0) + row_tile) * SPLITS).to(gl.int64) * (ROWS * TOKENS)
         mine = mine + its_row[:, None] * TOKENS + its_token[None, :]
-        for half in gl.static_range(HALVES):
-            gl.store(mine + (split * HALVES + half) * (ROWS * TOKENS), acc[half])
+        gl.store(mine + split * (ROWS * TOKENS), acc)
         barrier()
         counter = counters + token_tile * gl.num_programs(0) + row_tile
         last = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
@@ -211,19 +190,16 @@ def wide_product_kernel(
             gl.store(counter, 0)
     if last:
         out: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 32 * 8 // ROWS], [1, WARPS], [0, 1])
-        for half in gl.static_range(HALVES):
-            total = acc[half]
-            if SPLITS > 1:
-                total = gl.zeros([ROWS, TOKENS], gl.float32, mma)
-                for other in gl.static_range(SPLITS):
-                    total = total + gl.load(mine + (other * HALVES + half) * (ROWS * TOKENS), cache_modifier=".cg")
-            whole = gl.convert_layout(total, out)
-            rows = first_row + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, out))
-            tokens = first_token + gl.arange(0, TOKENS, gl.SliceLayout(0, out))
-            inside = (rows < n_rows)[:, None] & (tokens < n_tokens)[None, :]
-            whole = whole * gl.load(factors + tokens, mask=tokens < n_tokens, other=0.0)[None, :]
-            if HAS_BIAS:
-                whole += gl.load(bias + tokens[None, :] * bias_stride + rows[:, None], mask=inside, other=0.0).to(
-                    gl.float32
-                )
-            gl.store(y + (tokens * n_rows)[None, :] + rows[:, None], whole.to(y.dtype.element_ty), mask=inside)
+        if SPLITS > 1:
+            acc = gl.zeros([ROWS, TOKENS], gl.float32, mma)
+            for other in gl.static_range(SPLITS):
+                acc += gl.load(mine + other * (ROWS * TOKENS), cache_modifier=".cg")
+        whole = gl.convert_layout(acc, out)
+        rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, out))
+        tokens = first_token + gl.arange(0, TOKENS, gl.SliceLayout(0, out))
+        inside = (rows < n_rows)[:, None] & (tokens < n_tokens)[None, :]
+        whole = whole * gl.load(factors + tokens, mask=tokens < n_tokens, other=0.0)[None, :]
+        if HAS_BIAS:
+            more = gl.load(bias + tokens[None, :] * bias_stride + rows[:, None], mask=inside, other=0.0)
+            whole += more.to(gl.float32)
+        gl.store(y + (tokens * n_rows)[None, :] + rows[:, None], whole.to(y.dtype.element_ty), mask=inside)

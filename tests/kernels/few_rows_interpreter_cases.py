@@ -48,7 +48,7 @@ def test_every_width(bits, loads, dtype, symmetric):
 def test_rows_of_x_and_shared_rows(m, splits, warps):
     weight = random_weight(m, 11, 128, (4,) * 8)
     x = activations(m, m, 1024, dtype=torch.bfloat16)
-    check(run(weight, x, loads=2, splits=splits, warps=warps, tiles=1, ahead=2), x, weight, 2)
+    check(run(weight, x, loads=2, splits=splits, warps=warps, tiles=1), x, weight, 2)
 
 
 @pytest.mark.parametrize(("tiles", "programs"), [(1, 3), (2, 50), (8, 1)])
@@ -73,7 +73,7 @@ def test_same_bits_however_rows_are_shared_out():
     weight = random_weight(7, 15, 128, (4,) * 8)
     x = activations(8, 8, 1024, dtype=torch.bfloat16)
     first = run(weight, x, loads=2, warps=4, tiles=1)
-    assert torch.equal(first, run(weight, x, loads=2, warps=4, tiles=4, programs=7, ahead=2))
+    assert torch.equal(first, run(weight, x, loads=2, warps=4, tiles=4, programs=7))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

@@ -42,9 +42,9 @@ SPILL_LIMIT = {
 WIDTHS = [1, 2, 3, 4, 8]
 
 
-def layer(counts: dict[int, int], symmetric: bool, group_size: int = 128) -> tuple[GroupedIntSpec, dict]:
+def layer(counts: dict[int, int], symmetric: bool, group_size: int = 128, out_features: int = 192):
     spec = GroupedIntSpec(
-        out_features=192,
+        out_features=out_features,
         in_features=group_size * sum(counts.values()),
         group_size=group_size,
         segments=tuple(counts.items()),
@@ -228,14 +228,15 @@ def test_few_rows(compile_for_sm90, bits, symmetric):
     assert re.search(r"STG\.E\.(64|128)", sass)
 
 
-@pytest.mark.parametrize("m", [32, 64, 128])
+@pytest.mark.parametrize("m", [16, 32, 64, 128])
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (4, True), (4, False), (8, False)])
 def test_wide_products(compile_for_sm90, bits, symmetric, m):
     """While two products are under way the threads do something else: the assembler did not put them in a row."""
     from quantkit.kernels.wide_product_gluon import wide_product_kernel
 
-    spec, tensors = layer({bits: 32}, symmetric)
-    config = replace(choose_wide(m, spec), splits=1)
+    spec, tensors = layer({bits: 32}, symmetric, out_features=14336)
+    config = choose_wide(m, spec)
+    assert (config.tokens, config.splits) == (m, 1)
     out = torch.zeros(m, spec.out_features, dtype=torch.bfloat16)
     prepared, _ = workspace(m, spec, choose_product(m, spec), out.device)
     grid, arguments = wide_launch(spec, tensors, None, out, prepared, config)
@@ -243,9 +244,10 @@ def test_wide_products(compile_for_sm90, bits, symmetric, m):
     metadata, sass, resources = compile_for_sm90(wide_product_kernel, grid, arguments, **early)
     assert metadata.shared == shared_memory(config, spec)
     assert resources["STACK"] <= SPILL_LIMIT[64]
-    assert len(re.findall(r"HGMMA\.64x(32|64)x16\.F32", sass)) == 8 * 4  # chains
-    assert "WARPGROUP.DEPBAR.LE gsb0, 0x2" in sass
-    assert sass.count("WARPGROUP.DEPBAR.LE gsb0, 0x0") == 1
+    chains = config.unroll * 8 // bits
+    assert len(re.findall(r"HGMMA\.64x(16|32|64|128)x16\.F32", sass)) == 8 * chains
+    assert sass.count("WARPGROUP.DEPBAR.LE gsb0, 0x2") == (chains - 1 if m <= 64 else 0)
+    assert sass.count("WARPGROUP.DEPBAR.LE gsb0, 0x0") == (1 if m <= 64 else chains)
     assert "LDGSTS.E.BYPASS.128" in sass
     assert not re.search(r"LDGSTS\.E\.U?(8|16) ", sass)
 

@@ -41,7 +41,7 @@ from quantkit.kernels.planar_product import (
     product_launch,
     workspace,
 )
-from quantkit.kernels.wide_product import WideConfig, is_wide_weight, wide_product
+from quantkit.kernels.wide_product import WideConfig, has_wide_product, is_wide_weight, wide_product
 from quantkit.kernels.wide_product import is_possible as is_possible_wide
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -78,17 +78,17 @@ def check(x, weight, tensors, bias=None):
     y = matmul(x, weight.spec(), tensors, bias)
     dense = weight.dequantize().double()
     product, bound = product_and_bound(x, weight, bias, unit_roundoff=TENSOR_CORE)
-    if has_gemv(x, weight.spec()):
+    if has_few_rows(x, weight.spec()):
+        lost = pair_error(x, weight, 32 * choose_few_rows(weight.spec()).loads)
+        product, bound = product_and_bound(x, weight, bias)
+        bound = 1.001 * bound + lost @ dense.abs().t()
+    elif has_gemv(x, weight.spec()):
         product, bound = product_and_bound(x, weight, bias)
         bound = 1.001 * bound + one_row_error(x, weight) @ dense.abs().t()
     elif has_mixed_rows(x, weight.spec()):
         product, bound = product_and_bound(x, weight, bias)
         bound = 1.001 * bound + slice_error(x, weight, chunks=True) @ dense.abs().t()
-    elif has_few_rows(x, weight.spec()):
-        lost = pair_error(x, weight, 32 * choose_few_rows(weight.spec()).loads)
-        product, bound = product_and_bound(x, weight, bias)
-        bound = 1.001 * bound + lost @ dense.abs().t()
-    elif has_planar_product(x, weight.spec()):
+    elif has_wide_product(x, weight.spec()) or has_planar_product(x, weight.spec()):
         bound = bound + half_error(x) @ dense.abs().t()
     else:
         bound = bound + x.double().abs() @ rounding(dense, x.dtype).t()
@@ -104,7 +104,7 @@ def test_every_width_and_number_of_tokens(bits, symmetric):
     tensors = to_planar(weight.spec(), pack(weight))
     bias = torch.linspace(-1, 1, 1000, device="cuda")
     for dtype in HALVES:
-        for m in (1, 2, 8, 9, 16, 17, 33, 64, 65, 300):
+        for m in (1, 2, 8, 9, 16, 17, 33, 64, 65, 200, 300):
             check(activations(m, m, 33 * 128, dtype=dtype).cuda(), weight, tensors, bias)
     assert not tensors["counters"].any()
 
@@ -356,9 +356,9 @@ def test_asynchronous_products(group_size, n_groups, bits, symmetric):
     bias = torch.randn(100, 1000, device="cuda")
     product, bound = product_and_bound(x, weight, bias, unit_roundoff=TENSOR_CORE)
     bound = bound + half_error(x) @ weight.dequantize().double().abs().t()
-    shapes = [(64, 1, 64, 2, 1), (64, 1, 32, 4, 3), (128, 1, 64, 3, 2), (128, 2, 64, 2, 1), (64, 2, 16, 4, 100)]
-    for rows, halves, tokens, distance, splits in shapes:
-        config = WideConfig(rows=rows, halves=halves, tokens=tokens, distance=distance, splits=splits)
+    shapes = [(64, 64, 2, 1), (64, 32, 4, 3), (128, 64, 3, 2), (128, 128, 2, 1), (64, 16, 4, 100)]
+    for rows, tokens, distance, splits in shapes:
+        config = WideConfig(rows=rows, tokens=tokens, distance=distance, splits=splits)
         if not is_possible_wide(config, spec):
             continue
         first, second = (wide_product(x, spec, tensors, bias, torch.float32, config) for _ in range(2))

@@ -12,7 +12,16 @@ from quantkit.kernels.planar import padded_rows, planar_segments
 from quantkit.kernels.planar_product import blocks_per_split
 from quantkit.kernels.wide_product import WideConfig, choose_wide, has_wide_product, is_possible, is_wide_weight
 
-SHAPES = [(64, 128), (192, 4096), (1000, 33 * 128), (4096, 4096), (14336, 4096), (4096, 14336), (128256, 4096)]
+SHAPES = [
+    (64, 128),
+    (192, 4096),
+    (1000, 33 * 128),
+    (4096, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (8192, 28672),
+    (128256, 4096),
+]
 
 
 def weight(bits: int, out_features: int, in_features: int, group_size: int = 128, symmetric: bool = True):
@@ -21,7 +30,7 @@ def weight(bits: int, out_features: int, in_features: int, group_size: int = 128
     return GroupedIntSpec(**shape, segments=segments, symmetric=symmetric)
 
 
-@pytest.mark.parametrize("n_tokens", [17, 32, 33, 64, 65, 128])
+@pytest.mark.parametrize("n_tokens", [9, 17, 32, 33, 64, 65, 128, 129, 256])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_weight_has_a_shape(bits, n_tokens):
     for rows, columns in SHAPES:
@@ -48,8 +57,8 @@ def test_which_weights():
 
 
 def test_impossible_shapes():
-    fits = WideConfig(rows=128, halves=2, tokens=64, distance=4)
+    fits = WideConfig(rows=128, tokens=64, distance=4)
     assert is_possible(fits, weight(4, 4096, 4096))
-    assert not is_possible(fits, weight(4, 4096 + 128, 4096))
-    assert not is_possible(replace(fits, distance=8), weight(4, 4096, 4096))  # shared memory
+    assert not is_possible(fits, weight(4, 4096 + 64, 4096))
+    assert not is_possible(replace(fits, distance=12), weight(4, 4096, 4096))  # shared memory
     assert not is_possible(replace(fits, rows=256), weight(4, 4096, 4096))
