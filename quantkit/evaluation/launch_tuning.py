@@ -21,6 +21,7 @@ from quantkit.evaluation.gpu_timing import REPLAYS, Call, capture, n_copies, per
 from quantkit.evaluation.random_weights import random_spec, random_tensors
 from quantkit.formats.grouped_int import GroupedIntSpec, unpack
 from quantkit.kernels.bit_gemv import counts_tokens
+from quantkit.kernels.few_rows import has_few_rows
 from quantkit.kernels.gemv import MAX_GEMV_TOKENS, choose_gemv, gemv, gemv_candidates, subject
 from quantkit.kernels.launch_shapes import Row, Subject, remember
 from quantkit.kernels.mma_gemv import is_mma_weight
@@ -32,6 +33,7 @@ from quantkit.kernels.planar_product import (
     product_candidates,
     product_subject,
 )
+from quantkit.kernels.wide_product import has_wide_product
 
 SHAPES = ((4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (28672, 8192), (128256, 4096))
 WIDTHS = (2, 3, 4, 8)
@@ -106,7 +108,9 @@ def tune(
         if isinstance(spec, GroupedIntSpec) and not _in_a_computed_shape(spec, m)
     ]
     if not subjects:
-        raise RequestError("nothing to choose: the tensor core's kernels for few tokens run in computed launch shapes")
+        raise RequestError(
+            "nothing to choose: the tensor core's kernels for few tokens and asynchronous products run in computed shapes"
+        )
     name, file, found = torch.cuda.get_device_name(), "", []
     for spec, m, tunable in subjects:
         with torch.inference_mode():
@@ -121,8 +125,9 @@ def tune(
 
 def _in_a_computed_shape(spec: GroupedIntSpec, n_tokens: int) -> bool:
     """Whether a kernel takes the product whose launch shape is not looked up."""
+    x = torch.empty(n_tokens, spec.in_features, dtype=torch.bfloat16, device="cuda")
     few = n_tokens <= MAX_GEMV_TOKENS and is_mma_weight(spec)
-    return few or counts_tokens(n_tokens, spec, torch.device("cuda"))
+    return few or counts_tokens(n_tokens, spec, x.device) or has_few_rows(x, spec) or has_wide_product(x, spec)
 
 
 def _tunable(tokens: int) -> Tunable:
