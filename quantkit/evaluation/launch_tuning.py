@@ -109,7 +109,7 @@ def tune(
     ]
     if not subjects:
         raise RequestError(
-            "nothing to choose: the tensor core's kernels for few tokens and asynchronous products run in computed shapes"
+            "nothing to choose: the tensor core's kernels for few tokens and asynchronous ones run in computed shapes"
         )
     name, file, found = torch.cuda.get_device_name(), "", []
     for spec, m, tunable in subjects:
