@@ -18,7 +18,7 @@ from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 _MAX_SEGMENTS = 5  # all widths that there are
 _VIEWS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LOADED_REGISTERS = 160  # of a thread, for what is asked for before x is waited for
-_MANY_ROWS = 4096  # of the weight for each of x, from which programs of 32 of them keep a device busy
+_BUSY_WARPS = 256  # for each row of x: programs of 32 rows of the weight where there are no fewer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +40,12 @@ def has_mixed_rows(x: Tensor, spec: GroupedIntSpec) -> bool:
 def choose_mixed_rows(spec: GroupedIntSpec, n_tokens: int = 1) -> MixedConfig:
     """The launch shape for a weight: the fewest instructions for a row, among those whose words fit the registers.
 
-    Where none does, words are loaded one step ahead. Measured on an H200: docs/log.md.
+    Of equals the one with more warps. Where none fits, words are loaded one step ahead. Measured on an H200:
+    docs/log.md.
     """
-    owns = (4, 2) if spec.out_features >= _MANY_ROWS * n_tokens else (2,)
-    shapes = [MixedConfig(warps=warps, own=own) for own in owns for warps in (1, 2, 4, 8, 16)]
+    tiles = -(-spec.out_features // 32)
+    shapes = [MixedConfig(warps=warps, own=own) for own in (4, 2) for warps in (16, 8, 4, 2, 1)]
+    shapes = [config for config in shapes if config.own == 2 or tiles * config.warps >= _BUSY_WARPS * n_tokens]
     fitting = [config for config in shapes if loaded_registers(config, spec) <= _LOADED_REGISTERS]
     if not fitting:
         return MixedConfig(warps=8, own=2, ahead=False)
