@@ -329,14 +329,14 @@ def test_few_rows(bits, warps, splits, symmetric):
     weight = on_gpu(random_weight(bits, 1000, 128, (bits,) * 32, symmetric))
     spec, tensors = weight.spec(), to_planar(weight.spec(), pack(weight))
     loads = choose_few_rows(spec).loads
-    for m, tiles, programs in ((8, 2, 132), (5, 1, 7), (16, 2, 32)):
+    for m, tiles, programs in ((8, 2, 132), (5, 1, 7)):
         config = FewRowsConfig(warps=warps, loads=loads, tiles=tiles, programs=programs, splits=splits)
         x = activations(m, m, 4096, dtype=torch.bfloat16).cuda()
         y = few_rows(x, spec, tensors, None, torch.float32, config)
         product, bound = product_and_bound(x, weight)
         bound = 1.001 * bound + pair_error(x, weight, 32 * loads) @ weight.dequantize().double().abs().t()
         assert ((y.double() - product).abs() <= bound + rounding(product, torch.float32)).all()
-        if m == 5:  # without PTX these kernels take long to compile
+        if m == 5 and symmetric and splits == 1:  # without PTX these kernels take long to compile
             plain = torch.full_like(y, float("nan"))
             grid, arguments = few_rows_launch(x, spec, tensors, None, plain, config)
             few_rows_kernel[grid](**arguments, ASM=False)
@@ -344,9 +344,10 @@ def test_few_rows(bits, warps, splits, symmetric):
     assert not tensors["counters"].any()
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize(("group_size", "n_groups"), [(128, 32), (384, 11), (2048, 1)])
+@pytest.mark.parametrize(
+    ("group_size", "n_groups", "bits", "symmetric"),
+    [(128, 32, 4, True), (128, 32, 4, False), (384, 11, 2, False), (2048, 1, 2, True), (128, 33, 8, False)],
+)
 def test_asynchronous_products(group_size, n_groups, bits, symmetric):
     weight = on_gpu(random_weight(bits, 1000, group_size, (bits,) * n_groups, symmetric))
     spec = weight.spec()
@@ -356,7 +357,7 @@ def test_asynchronous_products(group_size, n_groups, bits, symmetric):
     bias = torch.randn(100, 1000, device="cuda")
     product, bound = product_and_bound(x, weight, bias, unit_roundoff=TENSOR_CORE)
     bound = bound + half_error(x) @ weight.dequantize().double().abs().t()
-    shapes = [(64, 64, 2, 1), (64, 32, 4, 3), (128, 64, 3, 2), (128, 128, 2, 1), (64, 16, 4, 100)]
+    shapes = [(64, 32, 4, 3), (128, 64, 3, 2), (128, 128, 2, 1), (64, 16, 4, 100)]
     for rows, tokens, distance, splits in shapes:
         config = WideConfig(rows=rows, tokens=tokens, distance=distance, splits=splits)
         if not is_possible_wide(config, spec):
