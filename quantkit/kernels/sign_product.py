@@ -22,6 +22,7 @@ from quantkit.kernels.ready_row import Source
 MAX_COPIES = 3  # of unequally many rows
 _WARP_WORDS = 32  # 1024 columns
 _MAX_WARPS = 16
+_REGISTERS = 128
 _MOST_ROWS = 32  # of a program
 _FEW_ROWS, _SHORT_ROW = 4096, 96  # rows, and words of 16 bits, below which programs of 16 rows are faster
 _FEW_WARPS = 4  # likewise where columns have scales
@@ -147,6 +148,8 @@ def product_launch(
         "WARPS": config.warps,
         "PASSES": -(-_blocks(spec) // config.warps),
         "num_warps": config.warps,
+        # left to itself, the compiler passes the operands of half of the products through the same four registers
+        "maxnreg": _REGISTERS if columns is None else None,
         "enable_fp_fusion": True,
     }
     return (-(-n_rows // (16 * config.tiles)), len(x)), arguments
