@@ -16,7 +16,7 @@ from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
 _COLUMNS, _GROUP, _PLANE_WIDTH = 512, 128, 64  # of a warp at a time; of x that share a unit; of a plane
 _WARPS = 8  # of a program, which lie along a row; more would wait for each other longer
-_MOST_CHUNKS = {2: 4, 4: 2}  # columns of a warp / 512, by bits: words of a tile stay in registers
+_MANY_ROWS, _FEW_ROWS = 1 << 14, 1 << 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +30,19 @@ class MmaGemvConfig:
 
 @lru_cache(maxsize=1024)
 def is_mma_weight(spec: GroupedIntSpec) -> bool:
-    """One width of 2 or 4 bits in groups that 128 divides, and rows that the warps of a program reach.
+    """One width of 2 or 4 bits in groups that 128 divides, where this kernel was faster than those of gemv_triton.py.
 
-    With 8 bits, or longer rows, the kernels of gemv_triton.py are faster; other groups have narrower planes.
+    On an H200 (docs/log.md): 2 bits in rows of more than 4096 columns, or many of them; 4 bits in few rows, or rows of
+    4097 to 8192 columns. Words of a tile stay in registers, up to 16384 and 8192 columns.
     """
     if not is_planar(spec) or len(spec.segments) > 1:
         return False
     (segment,) = planar_segments(spec)
-    fits = spec.group_size % _GROUP == 0 and segment.plane_width == _PLANE_WIDTH
-    return fits and _chunks(spec) <= _MOST_CHUNKS.get(segment.bits, 0)
+    if spec.group_size % _GROUP or segment.plane_width != _PLANE_WIDTH:
+        return False
+    if segment.bits == 2:
+        return _chunks(spec) in (2, 3, 4) or (_chunks(spec) == 1 and spec.out_features > _MANY_ROWS)
+    return segment.bits == 4 and (_chunks(spec) == 2 or (_chunks(spec) == 1 and spec.out_features <= _FEW_ROWS))
 
 
 def _chunks(spec: GroupedIntSpec) -> int:

@@ -35,7 +35,7 @@ def test_no_device():
 def test_what_wins_runs_from_then_on(tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTKIT_CACHE_DIR", str(tmp_path))
     seen = []
-    report = tune([(2048, 1024)], [2, 3, 8], progress=seen.append)  # 2 bits run in a computed shape
+    report = tune([(2048, 1024)], [4, 3, 8], progress=seen.append)  # 4 bits run in a computed shape
     assert [row["bits"] for row in seen] == [3, 8]
     assert report["rows"] == seen
     assert Path(report["file"]).parent == tmp_path
@@ -53,7 +53,7 @@ def test_what_wins_runs_from_then_on(tmp_path, monkeypatch):
 def test_bit_products_have_no_shape_to_choose(tmp_path, monkeypatch):
     monkeypatch.setenv("QUANTKIT_CACHE_DIR", str(tmp_path))
     with pytest.raises(RequestError, match="nothing to choose: the tensor core's kernels for few tokens"):
-        tune([(2048, 1024)], [2, 1], tokens=[2])
+        tune([(2048, 1024)], [4, 1], tokens=[2])
     assert not list(tmp_path.iterdir())
 
 

@@ -67,15 +67,17 @@ def test_misaligned_activations_are_copied():
 
 
 @pytest.mark.parametrize(
-    ("bits", "columns", "group_size", "taken"),
-    [(2, 4096, 128, True), (2, 14336, 256, True), (2, 28672, 128, False), (2, 4096, 64, False), (2, 640, 128, False),
-     (3, 4096, 128, False), (4, 8192, 8192, True), (4, 14336, 128, False), (8, 4096, 128, False)],
+    ("bits", "rows", "columns", "group_size", "taken"),
+    [(2, 28672, 4096, 128, True), (2, 14336, 4096, 128, False), (2, 4096, 14336, 256, True),
+     (2, 4096, 28672, 128, False), (2, 28672, 4096, 64, False), (2, 28672, 640, 128, False),
+     (3, 28672, 4096, 128, False), (4, 4096, 8192, 8192, True), (4, 4096, 4096, 128, True),
+     (4, 14336, 4096, 128, False), (4, 4096, 14336, 128, False), (8, 4096, 4096, 128, False)],
 )  # fmt: skip
-def test_weights_for_the_tensor_core(bits, columns, group_size, taken):
-    """Widths and rows at which it is faster; planes as wide as the kernel has them."""
-    spec = layer(bits, 4096, columns, group_size)
+def test_weights_for_the_tensor_core(bits, rows, columns, group_size, taken):
+    """Widths and shapes at which it is faster; planes as wide as the kernel has them."""
+    spec = layer(bits, rows, columns, group_size)
     assert is_mma_weight(spec) == taken
     if taken:
         config = choose_mma_gemv(spec)
         assert config.rows in (16, 32)
-        assert 128 <= config.programs <= 4096 // config.rows
+        assert 128 <= config.programs <= rows // config.rows
