@@ -13,7 +13,7 @@ from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.kernels.bit_gemv import bit_gemv, counts_tokens
 from quantkit.kernels.launch import early_launch
 from quantkit.kernels.launch_shapes import Subject, device_name, measured_config
-from quantkit.kernels.mma_gemv import is_mma_weight, mma_gemv
+from quantkit.kernels.mma_gemv import has_mma_gemv, mma_gemv
 from quantkit.kernels.planar import ROW_TILE, PlanarSegment, is_paired, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
@@ -160,8 +160,8 @@ def gemv(
         bias: ``[out]`` of any float dtype, or None.
         out_dtype: that of x if None.
         config: of `gemv_triton`'s kernels. If None, bit products where weight and device are fit for them (`bit_gemv`),
-            byte products on the tensor core where the weight is (`mma_gemv`), else the shape that was measured for such
-            a weight, or computed; with copies, one program per tile.
+            byte products on the tensor core where they are faster (`mma_gemv`), else the shape that was measured for a
+            weight like this, or computed; with copies, one program per tile.
         copies: int32 ``[out / COPY_ROWS]``: the row of x that each `COPY_ROWS` rows of the weight take, instead of all
             rows of x one after the other. The result is then ``[1, out]``.
 
@@ -175,7 +175,7 @@ def gemv(
     if config is None and counts_tokens(n_rows, spec, x.device):
         bit_gemv(x, spec, tensors, bias, out, copies, COPY_ROWS)
         return out
-    if config is None and copies is None and is_mma_weight(spec):
+    if config is None and copies is None and has_mma_gemv(n_rows, spec):
         mma_gemv(x, spec, tensors, bias, out)
         return out
     config = config or launch_config(spec, device_name(x.device))

@@ -16,6 +16,7 @@ from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
 _COLUMNS, _GROUP, _PLANE_WIDTH = 512, 128, 64  # of a warp at a time; of x that share a unit; of a plane
 _WARPS = 8  # of a program, which lie along a row; more would wait for each other longer
+_MOST_CHUNKS = {2: 4, 4: 2}  # columns of a warp / 512, by bits
 _MANY_ROWS, _FEW_ROWS = 1 << 14, 1 << 12
 
 
@@ -29,20 +30,24 @@ class MmaGemvConfig:
 
 
 @lru_cache(maxsize=1024)
-def is_mma_weight(spec: GroupedIntSpec) -> bool:
-    """One width of 2 or 4 bits in groups that 128 divides, where this kernel was faster than those of gemv_triton.py.
+def has_mma_gemv(n_tokens: int, spec: GroupedIntSpec) -> bool:
+    """Whether so many rows of x take this kernel rather than those of gemv_triton.py.
 
-    On an H200 (docs/log.md): 2 bits in rows of more than 4096 columns, or many of them; 4 bits in few rows, or rows of
-    4097 to 8192 columns. Words of a tile stay in registers, up to 16384 and 8192 columns.
+    It is there for one width of 2 or 4 bits in groups that 128 divides, up to 16384 and 8192 columns: the words of a
+    tile stay in registers. On an H200 it was faster with two rows of x, and with one for 2 bits in rows of more than
+    4096 columns or in many rows, for 4 bits in few rows or in rows of more than 4096 columns (docs/log.md).
     """
     if not is_planar(spec) or len(spec.segments) > 1:
         return False
     (segment,) = planar_segments(spec)
     if spec.group_size % _GROUP or segment.plane_width != _PLANE_WIDTH:
         return False
-    if segment.bits == 2:
-        return _chunks(spec) in (2, 3, 4) or (_chunks(spec) == 1 and spec.out_features > _MANY_ROWS)
-    return segment.bits == 4 and (_chunks(spec) == 2 or (_chunks(spec) == 1 and spec.out_features <= _FEW_ROWS))
+    chunks = _chunks(spec)
+    if chunks > _MOST_CHUNKS.get(segment.bits, 0):
+        return False
+    if n_tokens > 1 or chunks > 1:
+        return True
+    return spec.out_features > _MANY_ROWS if segment.bits == 2 else spec.out_features <= _FEW_ROWS
 
 
 def _chunks(spec: GroupedIntSpec) -> int:
@@ -82,7 +87,7 @@ def mma_gemv_launch(
 
     Args:
         x: float16 or bfloat16 ``[m, in]``.
-        spec: a weight for which `is_mma_weight` holds.
+        spec: a weight for which `has_mma_gemv` holds.
         tensors: what `planar.to_planar` made of it.
         bias: ``[out]`` of any float dtype, or None.
         out: ``[m, out]`` of any float dtype.

@@ -8,7 +8,7 @@ from packed_weights import random_weight
 
 from quantkit.formats.grouped_int import GroupedIntSpec, pack
 from quantkit.kernels.gemv import MAX_GEMV_TOKENS, choose_gemv, gemv_launch, has_gemv, is_possible, row_threads
-from quantkit.kernels.mma_gemv import choose_mma_gemv, is_mma_weight
+from quantkit.kernels.mma_gemv import choose_mma_gemv, has_mma_gemv
 from quantkit.kernels.planar import planar_segments, to_planar
 
 
@@ -76,8 +76,15 @@ def test_misaligned_activations_are_copied():
 def test_weights_for_the_tensor_core(bits, rows, columns, group_size, taken):
     """Widths and shapes at which it is faster; planes as wide as the kernel has them."""
     spec = layer(bits, rows, columns, group_size)
-    assert is_mma_weight(spec) == taken
+    assert has_mma_gemv(1, spec) == taken
     if taken:
         config = choose_mma_gemv(spec)
         assert config.rows in (16, 32)
         assert 128 <= config.programs <= rows // config.rows
+
+
+@pytest.mark.parametrize(
+    ("bits", "columns", "taken"), [(2, 4096, True), (2, 28672, False), (4, 4096, True), (8, 4096, False)]
+)
+def test_two_rows_on_the_tensor_core(bits, columns, taken):
+    assert has_mma_gemv(2, layer(bits, 14336, columns)) == taken

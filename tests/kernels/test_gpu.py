@@ -30,7 +30,7 @@ from quantkit.kernels.mixed_rows import (
     mixed_rows,
     new_ready,
 )
-from quantkit.kernels.mma_gemv import MmaGemvConfig, is_mma_weight, mma_gemv_launch
+from quantkit.kernels.mma_gemv import MmaGemvConfig, has_mma_gemv, mma_gemv_launch
 from quantkit.kernels.planar import from_planar, to_planar
 from quantkit.kernels.planar_product import (
     ProductConfig,
@@ -66,11 +66,11 @@ def on_gpu(weight: GroupedInt) -> GroupedInt:
     )  # fmt: skip
 
 
-def one_row_error(x, weight):
+def few_rows_error(x, weight):
     """What the kernel that `gemv` chooses loses of x."""
     if is_bit_weight(weight.spec()):
         return integer_error(x, weight)
-    return pair_error(x, weight, 64) if is_mma_weight(weight.spec()) else slice_error(x, weight)
+    return pair_error(x, weight, 64) if has_mma_gemv(len(x), weight.spec()) else slice_error(x, weight)
 
 
 def check(x, weight, tensors, bias=None):
@@ -84,7 +84,7 @@ def check(x, weight, tensors, bias=None):
         bound = 1.001 * bound + lost @ dense.abs().t()
     elif has_gemv(x, weight.spec()):
         product, bound = product_and_bound(x, weight, bias)
-        bound = 1.001 * bound + one_row_error(x, weight) @ dense.abs().t()
+        bound = 1.001 * bound + few_rows_error(x, weight) @ dense.abs().t()
     elif has_mixed_rows(x, weight.spec()):
         product, bound = product_and_bound(x, weight, bias)
         bound = 1.001 * bound + slice_error(x, weight, chunks=True) @ dense.abs().t()
@@ -220,7 +220,7 @@ def test_one_row_on_the_tensor_core_bit_for_bit(bits, symmetric):
             assert torch.equal(results[0], results[1])
             assert torch.equal(results[0], results[2])
             product, bound = product_and_bound(x, weight)
-            bound = 1.001 * bound + one_row_error(x, weight) @ weight.dequantize().double().abs().t()
+            bound = 1.001 * bound + pair_error(x, weight, 64) @ weight.dequantize().double().abs().t()
             assert ((results[0].double() - product).abs() <= bound).all()
 
 
