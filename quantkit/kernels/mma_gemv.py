@@ -34,8 +34,8 @@ def has_mma_gemv(n_tokens: int, spec: GroupedIntSpec) -> bool:
     """Whether so many rows of x take this kernel rather than those of gemv_triton.py.
 
     It is there for one width of 2 or 4 bits in groups that 128 divides, up to 16384 and 8192 columns: the words of a
-    tile stay in registers. On an H200 it was faster with two rows of x, and with one for 2 bits in rows of more than
-    4096 columns or in many rows, for 4 bits in few rows or in rows of more than 4096 columns (docs/log.md).
+    tile stay in registers. On an H200 it was faster in rows of more than 4096 columns; in shorter ones for 2 bits with
+    two rows of x, or many of the weight, and for 4 bits with few of the weight (docs/log.md).
     """
     if not is_planar(spec) or len(spec.segments) > 1:
         return False
@@ -45,9 +45,11 @@ def has_mma_gemv(n_tokens: int, spec: GroupedIntSpec) -> bool:
     chunks = _chunks(spec)
     if chunks > _MOST_CHUNKS.get(segment.bits, 0):
         return False
-    if n_tokens > 1 or chunks > 1:
+    if chunks > 1:
         return True
-    return spec.out_features > _MANY_ROWS if segment.bits == 2 else spec.out_features <= _FEW_ROWS
+    if segment.bits == 2:
+        return n_tokens > 1 or spec.out_features > _MANY_ROWS
+    return spec.out_features <= _FEW_ROWS
 
 
 def _chunks(spec: GroupedIntSpec) -> int:
