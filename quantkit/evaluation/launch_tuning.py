@@ -23,6 +23,7 @@ from quantkit.formats.grouped_int import GroupedIntSpec, unpack
 from quantkit.kernels.bit_gemv import counts_tokens
 from quantkit.kernels.few_rows import has_few_rows
 from quantkit.kernels.gemv import MAX_GEMV_TOKENS, choose_gemv, gemv, gemv_candidates, subject
+from quantkit.kernels.launch import multiplies_bytes
 from quantkit.kernels.launch_shapes import Row, Subject, remember
 from quantkit.kernels.mma_gemv import has_mma_gemv
 from quantkit.kernels.planar import to_planar
@@ -126,7 +127,7 @@ def tune(
 def _in_a_computed_shape(spec: GroupedIntSpec, n_tokens: int) -> bool:
     """Whether a kernel takes the product whose launch shape is not looked up."""
     x = torch.empty(n_tokens, spec.in_features, dtype=torch.bfloat16, device="cuda")
-    few = n_tokens <= MAX_GEMV_TOKENS and has_mma_gemv(n_tokens, spec)
+    few = n_tokens <= MAX_GEMV_TOKENS and has_mma_gemv(n_tokens, spec) and multiplies_bytes(x.device)
     return few or counts_tokens(n_tokens, spec, x.device) or has_few_rows(x, spec) or has_wide_product(x, spec)
 
 

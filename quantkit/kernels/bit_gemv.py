@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
-from quantkit.kernels.launch import counts_bits, early_launch
+from quantkit.kernels.launch import aligned, counts_bits, early_launch
 from quantkit.kernels.planar import PlanarSegment, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
@@ -156,9 +156,7 @@ def bit_gemv_launch(
     """
     (segment,) = planar_segments(spec)
     blocks = _blocks(spec)
-    x = x.contiguous()
-    if x.data_ptr() % 16:  # loads are of eight neighbouring values
-        x = x.clone()
+    x = aligned(x)
     scales = tensors["planar_scales"].flatten().view(torch.int64)  # a single group has strides that view refuses
     zeros = tensors.get("planar_zeros")
     n_tiles = -(-spec.out_features // config.rows)

@@ -133,6 +133,15 @@ def half_to_float(half, BF16: tl.constexpr):
 
 
 @triton.jit
+def pair_factor(two_rows, ROW: tl.constexpr):
+    """One row's number of two that were loaded as one: float16 of an int32, or a byte of an int16."""
+    if two_rows.dtype == tl.int32:
+        return half_to_float((two_rows >> (16 * ROW)) & 0xFFFF, False)
+    else:
+        return ((two_rows >> (8 * ROW)) & 0xFF).to(tl.float32)
+
+
+@triton.jit
 def larger_half(largest, word, ASM: tl.constexpr):
     """Both 16-bit halves: the larger of ``largest`` and the magnitude in ``word``. NaN counts as the largest."""
     if ASM:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
-from quantkit.kernels.launch import counts_bits, early_launch
+from quantkit.kernels.launch import aligned, counts_bits, early_launch
 from quantkit.kernels.planar import ROW_TILE, PlanarSegment, is_paired, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
@@ -131,9 +131,7 @@ def few_rows_launch(
     """Grid and arguments of `few_rows_kernel`, all but ASM."""
     assert is_possible(config, spec)
     (segment,) = planar_segments(spec)
-    x = x.contiguous()
-    if x.data_ptr() % 16:  # loads are of eight neighbouring values
-        x = x.clone()
+    x = aligned(x)
     scales = tensors["planar_scales"].flatten().view(torch.int32)  # a single group has strides that view refuses
     zeros = tensors.get("planar_zeros")
     if zeros is not None:

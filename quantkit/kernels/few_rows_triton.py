@@ -35,6 +35,7 @@ from quantkit.kernels.byte_products_triton import (
     field_unit,
     half_to_float,
     larger_half,
+    pair_factor,
     pairs_of,
     signed_byte,
     stacked,
@@ -175,15 +176,6 @@ def _load_tile(
 
 
 @triton.jit
-def _row_factor(two_rows, ROW: tl.constexpr):
-    """One row's number of two that were loaded as one: float16 of an int32, or a byte of an int16."""
-    if two_rows.dtype == tl.int32:
-        return half_to_float((two_rows >> (16 * ROW)) & 0xFFFF, False)
-    else:
-        return ((two_rows >> (8 * ROW)) & 0xFF).to(tl.float32)
-
-
-@triton.jit
 def _tile_sums(
     loaded, prepared, BITS: tl.constexpr, ZERO: tl.constexpr, LOADS: tl.constexpr, WARPS: tl.constexpr,
     ASM: tl.constexpr,
@@ -204,10 +196,10 @@ def _tile_sums(
                 even_offset = offset
                 odd_offset = offset
                 if ZERO is None:
-                    even_offset = offset * _row_factor(offsets[pair], 0)
-                    odd_offset = offset * _row_factor(offsets[pair], 1)
-                even += (first.to(tl.float32) * unit - even_offset) * _row_factor(factors[pair], 0)
-                odd += (second.to(tl.float32) * unit - odd_offset) * _row_factor(factors[pair], 1)
+                    even_offset = offset * pair_factor(offsets[pair], 0)
+                    odd_offset = offset * pair_factor(offsets[pair], 1)
+                even += (first.to(tl.float32) * unit - even_offset) * pair_factor(factors[pair], 0)
+                odd += (second.to(tl.float32) * unit - odd_offset) * pair_factor(factors[pair], 1)
             totals = totals + (even, odd)
     return totals
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
 from quantkit.kernels.bit_gemv import bit_gemv, counts_tokens
-from quantkit.kernels.launch import early_launch
+from quantkit.kernels.launch import aligned, early_launch, multiplies_bytes
 from quantkit.kernels.launch_shapes import Subject, device_name, measured_config
 from quantkit.kernels.mma_gemv import has_mma_gemv, mma_gemv
 from quantkit.kernels.planar import ROW_TILE, PlanarSegment, is_paired, padded_rows, planar_segments
@@ -175,7 +175,7 @@ def gemv(
     if config is None and counts_tokens(n_rows, spec, x.device):
         bit_gemv(x, spec, tensors, bias, out, copies, COPY_ROWS)
         return out
-    if config is None and copies is None and has_mma_gemv(n_rows, spec):
+    if config is None and copies is None and has_mma_gemv(n_rows, spec) and multiplies_bytes(x.device):
         mma_gemv(x, spec, tensors, bias, out)
         return out
     config = config or launch_config(spec, device_name(x.device))
@@ -203,9 +203,7 @@ def gemv_launch(
 ) -> tuple[str, tuple[int, int], dict[str, Any]]:
     """Name, grid and arguments of the kernel, all but ASM."""
     (segment,) = planar_segments(spec)
-    x = x.contiguous()
-    if x.data_ptr() % 16:  # loads are of four neighbouring values
-        x = x.clone()
+    x = aligned(x)
     scales = tensors["planar_scales"].flatten().view(torch.int64)  # a single group has strides that view refuses
     zeros = tensors.get("planar_zeros")
     if zeros is not None:

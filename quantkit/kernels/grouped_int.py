@@ -24,6 +24,7 @@ from quantkit.kernels.column_sums import may_sum_columns
 from quantkit.kernels.few_rows import few_rows, has_few_rows
 from quantkit.kernels.gemv import gemv, has_gemv
 from quantkit.kernels.grouped_int_twin import matmul_reference
+from quantkit.kernels.launch import multiplies_bytes
 from quantkit.kernels.mixed_rows import has_mixed_rows, mixed_rows
 from quantkit.kernels.planar import from_planar
 from quantkit.kernels.planar_matmul import dequantized_matmul
@@ -115,7 +116,7 @@ def planar_matmul(x: Tensor, spec: GroupedIntSpec, tensors: dict[str, Tensor], b
         return few_rows(x, spec, tensors, bias)
     if has_gemv(x, spec):
         return gemv(x, spec, tensors, bias)
-    if has_mixed_rows(x, spec):
+    if has_mixed_rows(x, spec) and multiplies_bytes(x.device):
         return mixed_rows(x, spec, tensors, bias)
     if has_wide_product(x, spec):
         return wide_product(x.contiguous(), spec, tensors, bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 
 
 @cache
@@ -26,6 +27,18 @@ def counts_bits(device: torch.device) -> bool:
 
 
 @cache
+def multiplies_bytes(device: torch.device) -> bool:
+    """Whether the tensor cores multiply 16 by 32 bytes with 32 by 8: from sm_80 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
 def multiplies_asynchronously(device: torch.device) -> bool:
     """Whether four warps can hand products to the tensor cores and go on: sm_90; later ones have other instructions."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x itself, or a copy where it is not contiguous or begins between multiples of 16 bytes, which kernels load."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.grouped_int import GroupedIntSpec
-from quantkit.kernels.launch import early_launch
+from quantkit.kernels.launch import aligned, early_launch
 from quantkit.kernels.planar import is_planar, padded_rows, planar_segments
 from quantkit.kernels.planar_matmul import constant_zero, triton_kernels
 
@@ -96,9 +96,7 @@ def mma_gemv_launch(
         config: the shape of the launch.
     """
     (segment,) = planar_segments(spec)
-    x = x.contiguous()
-    if x.data_ptr() % 16:  # loads are of eight neighbouring values
-        x = x.clone()
+    x = aligned(x)
     scales = tensors["planar_scales"].flatten().view(torch.int32)  # a single group has strides that view refuses
     zeros = tensors.get("planar_zeros")
     if zeros is not None:

@@ -29,6 +29,7 @@ from quantkit.kernels.byte_products_triton import (
     four,
     half_to_float,
     larger_half,
+    pair_factor,
     stacked,
 )
 
@@ -153,15 +154,6 @@ def _load_tile(
 
 
 @triton.jit
-def _row_factor(two_rows, ROW: tl.constexpr):
-    """One row's number of two that were loaded as one: float16 of an int32, or a byte of an int16."""
-    if two_rows.dtype == tl.int32:
-        return half_to_float((two_rows >> (16 * ROW)) & 0xFFFF, False)
-    else:
-        return ((two_rows >> (8 * ROW)) & 0xFF).to(tl.float32)
-
-
-@triton.jit
 def _both_rows(held, block: tl.constexpr, piece: tl.constexpr):
     """Four words of each of the lane's rows in a block."""
     return held[4 * block + piece], held[4 * block + 2 + piece]
@@ -197,13 +189,13 @@ def _tile_sums(loaded, prepared, q, BITS: tl.constexpr, ZERO: tl.constexpr, ROWS
             even_taken = offset
             odd_taken = offset
             if ZERO is None:
-                even_taken = offset * _row_factor(zero, 0)
-                odd_taken = offset * _row_factor(zero, 1)
+                even_taken = offset * pair_factor(zero, 0)
+                odd_taken = offset * pair_factor(zero, 1)
             # spelled out, or the compiler chooses which of two products it rounds, differently from shape to shape
             even_sum = tl.math.fma(even.to(tl.float32), unit, -even_taken)
             odd_sum = tl.math.fma(odd.to(tl.float32), unit, -odd_taken)
-            first = tl.math.fma(even_sum, _row_factor(factor, 0), first)
-            second = tl.math.fma(odd_sum, _row_factor(factor, 1), second)
+            first = tl.math.fma(even_sum, pair_factor(factor, 0), first)
+            second = tl.math.fma(odd_sum, pair_factor(factor, 1), second)
         sums = sums + (first, second)
     return sums
 

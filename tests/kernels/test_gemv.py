@@ -8,6 +8,7 @@ from packed_weights import random_weight
 
 from quantkit.formats.grouped_int import GroupedIntSpec, pack
 from quantkit.kernels.gemv import MAX_GEMV_TOKENS, choose_gemv, gemv_launch, has_gemv, is_possible, row_threads
+from quantkit.kernels.launch import aligned, multiplies_bytes
 from quantkit.kernels.mma_gemv import choose_mma_gemv, has_mma_gemv
 from quantkit.kernels.planar import planar_segments, to_planar
 
@@ -88,3 +89,16 @@ def test_weights_for_the_tensor_core(bits, rows, columns, group_size, taken):
 )
 def test_two_rows_on_the_tensor_core(bits, columns, taken):
     assert has_mma_gemv(2, layer(bits, 14336, columns)) == taken
+
+
+def test_bytes_are_multiplied_on_devices_that_can():
+    assert not multiplies_bytes(torch.device("cpu"))
+    if torch.cuda.is_available():
+        assert multiplies_bytes(torch.device("cuda")) == (torch.cuda.get_device_capability() >= (8, 0))
+
+
+def test_aligned_rows_are_not_copied():
+    x = torch.randn(2, 64).half()
+    assert aligned(x) is x
+    assert torch.equal(aligned(x[:, 1:33]), x[:, 1:33])
+    assert aligned(x[1:, 1:33]).data_ptr() % 16 == 0
